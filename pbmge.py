@@ -105,7 +105,7 @@ class PBMGE(nn.Module):
 
     def forward(self, gait, appearance):
         with torch.autocast(gait.device.type, enabled=False):
-            gait, appearance = gait.float(), appearance.float()
+            gait, appearance = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (gait, appearance))
             gait_source, appearance_source = (prepare(x.transpose(0, 1)) for x in (gait, appearance))    # (P, B, ...)
             refined_gait, refined_appearance, first = [], [], 1
             for n in self.strips[1:]:

@@ -64,6 +64,7 @@ DINOV2 = {"dinov2_vits14": (384, 12, 6, 0), "dinov2_vits14_reg": (384, 12, 6, 4)
           "dinov2_vitb14": (768, 12, 12, 0), "dinov2_vitb14_reg": (768, 12, 12, 4),
           "dinov2_vitl14": (1024, 24, 16, 0), "dinov2_vitl14_reg": (1024, 24, 16, 4),
           "tiny": (32, 4, 2, 0)}
+TINY_SEED = 1002
 DINOV2_HUB = "facebookresearch/dinov2:b8931f7bf91576930313be2c6d6af376033b35f0"    # pinned: the code that will run
 
 
@@ -178,7 +179,9 @@ def load_dinov2(name, weights=None, pretrained=True):
         if name == "tiny" and weights:
             raise UserError("--dinov2 tiny is random and reads no weights; drop --dinov2-weights, or name the model the "
                             "file belongs to, such as --dinov2 dinov2_vits14")
-        dinov2 = DinoVisionTransformer(dim=dim, depth=depth, heads=heads, registers=registers)
+        with torch.random.fork_rng(devices=[]):    # `tiny` is the same network in every run, as a pre-trained one would be
+            torch.manual_seed(TINY_SEED)
+            dinov2 = DinoVisionTransformer(dim=dim, depth=depth, heads=heads, registers=registers)
         if weights:
             fill(dinov2, read_tensors(weights), f"{weights} (as {name})")
     else:

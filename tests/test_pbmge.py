@@ -1,0 +1,96 @@
+"""PBMGE against the literal form of the paper: every D x D x D product formed, every BatchNorm called."""
+import torch
+import torch.nn.functional as F
+
+from pbmge import PBMGE, Enhance, prepare
+
+
+def literal_enhance(module, query, source):
+    """out = q + W1(relu(f) g(s)) - W2(relu(-f) g(s)), f = theta(q) phi(s)^T / D, as the paper writes it."""
+    q, s = query.unsqueeze(1), source.unsqueeze(1)    # (B, 1, D): one scalar token per channel
+    f = module.theta(q).transpose(1, 2) @ module.phi(s) / query.shape[-1]    # (B, D, D)
+    g = module.g(s).transpose(1, 2)    # (B, D, D)
+    similar = module.W1((F.relu(f) @ g).transpose(1, 2)).squeeze(1)
+    dissimilar = module.W2((F.relu(-f) @ g).transpose(1, 2)).squeeze(1)
+    return query + similar - dissimilar
+
+
+def literal_pbmge(module, gait, appearance):
+    gaits, appearances, first = list(gait.unbind(1)), list(appearance.unbind(1)), 1
+    for n in module.strips[1:]:
+        x, y = gait[:, 0], appearance[:, 0]
+        for i in range(first, first + n):
+            x = literal_enhance(module.enhance_gait, x, appearance[:, i])
+            y = literal_enhance(module.enhance_appearance, y, gait[:, i])
+        gaits.append(x)
+        appearances.append(y)
+        first += n
+    return torch.stack(gaits, 1), torch.stack(appearances, 1)
+
+
+def speaking(module):
+    """Lets PBMGE's zero-initialised BatchNorms speak, or the test would compare identities."""
+    for name, parameter in module.named_parameters():
+        if name.endswith(("1.weight", "1.bias")) and parameter.numel() == 1:
+            torch.nn.init.normal_(parameter)
+    return module.double()
+
+
+def test_values_gradients_and_statistics_equal_the_literal_form():
+    torch.manual_seed(0)
+    ours = speaking(PBMGE(dim=24, strips=(1, 2, 4)))
+    literal = PBMGE(dim=24, strips=(1, 2, 4)).double()
+    literal.load_state_dict(ours.state_dict())
+    inputs = [torch.randn(5, 7, 24, dtype=torch.float64).requires_grad_() for _ in range(2)]
+    copies = [x.detach().clone().requires_grad_() for x in inputs]
+    got = ours(*inputs)
+    want = literal_pbmge(literal, *copies)
+    weights = [torch.randn_like(x) for x in want]
+    for outputs in (got, want):
+        sum((w * x).sum() for w, x in zip(weights, outputs)).backward()
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    for a, b in zip(inputs, copies):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-9)
+    for (name, a), b in zip(ours.named_parameters(), literal.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-8, atol=1e-8, msg=name)
+    for name, value in ours.state_dict().items():
+        torch.testing.assert_close(value, literal.state_dict()[name], msg=name)
+
+
+def test_degenerate_affinities():
+    """alpha = 0 (either sign of zero), ties among the source's values, and thresholds equal to a value."""
+    torch.manual_seed(1)
+    module = speaking(Enhance(6)).eval()
+    with torch.no_grad():
+        for conv in (module.theta, module.phi):
+            conv.weight.zero_()    # f is constant: alpha = 0, beta = theta_b . phi_b
+    query, source = torch.randn(3, 6).double(), torch.tensor([[1.0, 1.0, -2.0, 0.0, 0.0, 1.0]]).double().expand(3, 6)
+    for sign in (1, -1):
+        module.theta.bias.data.copy_(sign * module.phi.bias.data)
+        torch.testing.assert_close(module(query, prepare(source)), literal_enhance(module, query, source))
+        torch.testing.assert_close(module(-0.0 * query, prepare(source)), literal_enhance(module, -0.0 * query, source))
+    with torch.no_grad():    # f_ij = (q_i + s_j - ...) crosses zero exactly at values of s
+        module.theta.weight.fill_(1.0)
+        module.phi.weight.fill_(1.0)
+        module.theta.bias.zero_()
+        module.phi.bias.zero_()
+    whole = torch.tensor([[0.0, 1.0, -1.0, 2.0, -0.0, 3.0]]).double().expand(3, 6)
+    torch.testing.assert_close(module(whole, prepare(source)), literal_enhance(module, whole, source))
+
+
+def test_starts_as_the_identity():
+    gait, appearance = torch.randn(2, 4, 31, 16)
+    for x, y in zip((gait, appearance), PBMGE(dim=16, strips=(1, 2, 4, 8, 16))(gait, appearance)):
+        assert y.shape == (4, 35, 16)
+        torch.testing.assert_close(y, torch.cat([x, x[:, :1].expand(-1, 4, -1)], dim=1))
+
+
+def test_autocast_changes_nothing():
+    torch.manual_seed(2)
+    module = speaking(PBMGE(dim=16, strips=(1, 2))).float()
+    gait, appearance = torch.randn(2, 4, 3, 16)
+    want = module.eval()(gait, appearance)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = module(gait, appearance)
+    assert all(torch.equal(a, b) for a, b in zip(got, want))

@@ -1,0 +1,258 @@
+"""The scripts as a user runs them: subprocesses, exit codes, files."""
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from golden import formula, write_official
+from layouts import write_buptcampus, write_hitsz
+from test_model import torchvision_resnet50
+from test_sasgl import DINOV2, dino_shapes
+
+ROOT = Path(__file__).parent.parent
+# A run of seconds: the small preset, smaller still.
+TINY = ("--preset small --epochs 1 --steps 2 --identities 2 --frames 2 --mask-warmup 2 --workers 0 --width 8 "
+        "--dim 8 --dino-size 224 112 --code-size 16 8 --gait-strides 1 1 1 1").split()
+
+
+def run(*command, cwd=ROOT, env=None):
+    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=280,
+                          env={**os.environ, "OMP_NUM_THREADS": "2", **(env or {})}, stdin=subprocess.DEVNULL)
+
+
+def fails(result, *words):
+    """Exit code 2, one line on stderr (progress bars aside) that holds all the words, no traceback."""
+    errors = [line for line in result.stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2, (result.returncode, result.stderr[-2000:])
+    assert "Traceback" not in result.stderr and len(errors) == 1, result.stderr[-2000:]
+    assert all(w in errors[0] for w in words), errors[0]
+
+
+@pytest.fixture(scope="module")
+def walkers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("walkers") / "walkers"
+    result = run("walkers.py", folder, "--identities", 4, "--test-identities", 5, "--frames", 12, "--height", 64)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(walkers, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    result = run("train.py", "--data", walkers, "--run", folder, *TINY)
+    assert result.returncode == 0, result.stderr
+    return folder, result
+
+
+def tensors_of(run_folder):
+    return torch.load(Path(run_folder) / "last.pt", weights_only=True)
+
+
+def test_a_run_leaves_what_it_promises(trained, walkers):
+    folder, result = trained
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "last.pt", "log.jsonl", "results.json", "silhouettes.png"]
+    results = json.loads((folder / "results.json").read_text())
+    assert results.keys() == {"method", "dataset", "directions", "silhouette_iou", "seconds"}
+    assert results["dataset"] == "walkers" and 0 <= results["silhouette_iou"] <= 1
+    for direction in ("infrared->visible", "visible->infrared"):
+        r = results["directions"][direction]
+        assert r.keys() == {"rank-1", "rank-5", "rank-10", "rank-20", "mAP", "mINP", "queries", "gallery"}
+        assert (r["queries"], r["gallery"]) == (20, 20) and 0 <= r["rank-1"] <= r["rank-5"] <= r["rank-20"] <= 1
+        assert f"{100 * r['mAP']:.2f}" in result.stdout and direction in result.stdout
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert len(log) == 1 and {"epoch", "lr", "mask", "smooth_mask", "smooth_part", "diversity", "identity_gait", "triplet_gait",
+                              "identity_appearance", "triplet_appearance", "accuracy_gait"} <= log[0].keys()
+    checkpoint = tensors_of(folder)
+    assert checkpoint.keys() == {"model", "optimizer", "scheduler", "scaler", "epoch", "config", "classes", "method", "random"}
+    assert checkpoint["classes"] == [1, 2, 3, 4] and checkpoint["epoch"] == 1
+    assert "triplet" in result.stderr and "frames/s" in result.stderr    # the progress bar names its losses
+
+
+def test_two_epochs_are_one_and_one_resumed_bit_for_bit(trained, walkers, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run("train.py", "--data", walkers, "--run", whole, *TINY, "--epochs", 2).returncode == 0
+    shutil.copytree(trained[0], parts)
+    result = run("train.py", "--resume", parts, "--epochs", 2, "--workers", 1)    # workers change nothing
+    assert result.returncode == 0, result.stderr
+    a, b = tensors_of(whole), tensors_of(parts)
+    assert a["epoch"] == b["epoch"] == 2
+    for key in a["model"]:
+        assert torch.equal(a["model"][key], b["model"][key]), key
+    for p, state in a["optimizer"]["state"].items():
+        assert all(torch.equal(state[k], b["optimizer"]["state"][p][k]) for k in state)
+    assert json.loads((whole / "results.json").read_text())["directions"] == json.loads((parts / "results.json").read_text())["directions"]
+    assert [json.loads(s)["epoch"] for s in (parts / "log.jsonl").read_text().splitlines()] == [1, 2]
+    once_more = run("train.py", "--resume", parts)
+    assert once_more.returncode == 0 and "raise --epochs" in once_more.stdout
+
+
+def test_a_run_is_never_overwritten(trained, walkers):
+    fails(run("train.py", "--data", walkers, "--run", trained[0], *TINY), "holds a run already", "--resume")
+
+
+def test_evaluate_reproduces_the_run_and_saves_embeddings(trained, tmp_path):
+    folder, _ = trained
+    result = run("evaluate.py", "--checkpoint", folder, "--json", tmp_path / "r.json", "--save", tmp_path / "e.npz",
+                 "--test-batch", 1, "--workers", 0)    # a last batch of one, a first one too
+    assert result.returncode == 0, result.stderr
+    again, before = (json.loads(Path(p).read_text()) for p in (tmp_path / "r.json", folder / "results.json"))
+    for direction, r in before["directions"].items():
+        assert again["directions"][direction] == pytest.approx(r, abs=0.06)    # another batch size rounds otherwise
+    saved = np.load(tmp_path / "e.npz")
+    assert saved["embedding"].shape == (40, 70, 8) and saved["embedding"].dtype == np.float32
+    assert len(saved["pid"]) == len(saved["camera"]) == 40 and set(saved["modality"]) == {"visible", "infrared"}
+    assert all(Path(str(f)).is_file() for f in saved["frame"])
+
+
+def test_official_end_to_end(walkers, tmp_path):
+    write_official(tmp_path, seed=7)
+    result = run("evaluate.py", "--official", tmp_path, "--data", walkers, "--save", tmp_path / "e.npz", "--json", tmp_path / "r.json")
+    assert result.returncode == 0, result.stderr
+    assert np.load(tmp_path / "e.npz")["embedding"].shape == (40, 70, 256)
+    assert json.loads((tmp_path / "r.json").read_text())["directions"]["infrared->visible"]["gallery"] == 20
+    (tmp_path / "best_shape.pth").write_bytes((tmp_path / "best_shape.pth").read_bytes()[:5000])
+    fails(run("evaluate.py", "--official", tmp_path, "--data", walkers), "best_shape.pth")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Local files for the paper preset: official DINOv2 and torchvision ResNet-50 names, formula-filled."""
+    folder = tmp_path_factory.mktemp("weights")
+    dim, depth, _, registers = DINOV2["dinov2_vits14"]
+    torch.save({k: formula(k, s) for k, s in dino_shapes(dim, depth, registers).items()}, folder / "dinov2.pth")
+    torch.save(torchvision_resnet50(), folder / "resnet50.pth")
+    return ["--dinov2-weights", folder / "dinov2.pth", "--resnet-weights", folder / "resnet50.pth"]
+
+
+@pytest.mark.parametrize("benchmark", ["walkers", "buptcampus"])
+def test_paper_preset_trains_evaluates_and_resumes(benchmark, walkers, weights, tmp_path):
+    data = walkers if benchmark == "walkers" else tmp_path / "bupt"
+    if benchmark == "buptcampus":
+        write_buptcampus(data)
+        data = data / "DATA"    # as some users will
+    few = ["--steps", 1, "--identities", 2, "--tracklets", 1, "--frames", 2, "--mask-warmup", 1, "--workers", 0, "--epochs", 1]
+    result = run("train.py", "--data", data, "--preset", "paper", "--run", tmp_path / "run", *few, *weights)
+    assert result.returncode == 0, result.stderr
+    result = run("train.py", "--resume", tmp_path / "run", "--epochs", 2)
+    assert result.returncode == 0, result.stderr
+    assert tensors_of(tmp_path / "run")["epoch"] == 2 and "infrared->visible" in result.stdout
+    # Evaluates elsewhere, without the weight files: the checkpoint holds everything.
+    result = run("evaluate.py", "--checkpoint", tmp_path / "run" / "last.pt", "--data", walkers, "--workers", 0)
+    assert result.returncode == 0 and "visible->infrared" in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("switch", [["--gait", "off"], ["--pbmge", "off"], ["--precision", "bfloat16"]])
+def test_ablations_and_precision_run(switch, walkers, tmp_path):
+    result = run("train.py", "--data", walkers, "--run", tmp_path / "run", *TINY, *switch)
+    assert result.returncode == 0, result.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (results["silhouette_iou"] is None) == (switch == ["--gait", "off"])
+
+
+def spoiled(walkers, tmp_path, spoil):
+    copy = tmp_path / "copy"
+    shutil.copytree(walkers, copy)
+    spoil(copy)
+    return copy
+
+
+def edit(path, change):
+    path.write_text(change(path.read_text()))
+
+
+@pytest.mark.parametrize("what, spoil, words", [
+    ("names that point nowhere", lambda d: next((d / "Train" / "0001").rglob("*.jpg")).unlink(), ["no file", "0001"]),
+    ("query out of range", lambda d: edit(d / "info" / "query_IDX.txt", lambda s: s.strip() + " 99999"), ["99999", "query_IDX"]),
+    ("one modality", lambda d: edit(d / "info" / "track_train_info.txt",
+                                    lambda s: "\n".join(l for l in s.splitlines() if not (l.split()[0] == "1" and l.split()[3] == "1"))),
+     ["identity 1 ", "visible tracklets only"]),
+    ("a gallery of 5", lambda d: edit(d / "info" / "track_test_info.txt",
+                                      lambda s: "\n".join([l for l in s.splitlines() if l[0] == "1"] + [l for l in s.splitlines() if l[0] == "2"][:5])),
+     ["gallery of 5", "rank-20"]),
+    ("no names file", lambda d: (d / "info" / "train_name.txt").unlink(), ["train_name.txt"]),
+])
+def test_bad_datasets(what, spoil, words, walkers, tmp_path):
+    if what == "a gallery of 5":    # query_IDX counts rows of the whole file: renumber
+        def spoil(d, spoil=spoil):
+            spoil(d)
+            rows = (d / "info" / "track_test_info.txt").read_text().splitlines()
+            (d / "info" / "query_IDX.txt").write_text(" ".join(str(i) for i, r in enumerate(rows, 1) if r[0] == "1"))
+    data = spoiled(walkers, tmp_path, spoil)
+    fails(run("train.py", "--data", data, "--run", tmp_path / "run", *TINY), *words)
+    assert not (tmp_path / "run").exists()    # refused before anything is written
+    checked = run("data.py", data)
+    assert checked.returncode == 2 and "Traceback" not in checked.stderr
+
+
+def test_missing_empty_and_foreign_folders(tmp_path):
+    fails(run("train.py", "--data", tmp_path / "nowhere"), "no folder")
+    (tmp_path / "empty").mkdir()
+    fails(run("train.py", "--data", tmp_path / "empty"), "no dataset", "Train/ Test/ info/")
+    (tmp_path / "empty" / "0001").mkdir()
+    (tmp_path / "empty" / "bounding_box_train").mkdir()
+    fails(run("evaluate.py", "--official", tmp_path, "--data", tmp_path / "empty"), "best_model.pth")
+    fails(run("data.py", tmp_path / "empty"), "no dataset")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_truncated_jpeg_names_the_file(workers, walkers, tmp_path):
+    def truncate(d):
+        for path in (d / "Train").rglob("*.jpg"):
+            path.write_bytes(path.read_bytes()[:300])
+    data = spoiled(walkers, tmp_path, truncate)
+    fails(run("train.py", "--data", data, "--run", tmp_path / "run", *TINY, "--workers", workers), ".jpg", "cannot be read")
+    checked = run("data.py", data)
+    assert checked.returncode == 2 and re.search(r"problem: .*Train.0001.*\.jpg cannot be read", checked.stdout)
+
+
+def test_healthy_datasets_pass_the_check(walkers, tmp_path):
+    write_hitsz(tmp_path / "vcm", layout="flat")
+    write_buptcampus(tmp_path / "bupt")
+    for folder in (walkers, tmp_path / "vcm", tmp_path / "bupt"):
+        result = run("data.py", folder)
+        assert result.returncode == 0 and "usable" in result.stdout, result.stdout + result.stderr
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/owned-by-a-pickle",)
+
+
+def test_corrupt_foreign_and_malicious_checkpoints(trained, walkers, tmp_path):
+    for name, data in (("torn.pt", (trained[0] / "last.pt").read_bytes()[:10000]), ("text.pt", b"hello"), ("empty.pt", b""),
+                       ("evil.pt", pickle.dumps(Evil()))):
+        (tmp_path / name).write_bytes(data)
+        fails(run("evaluate.py", "--checkpoint", tmp_path / name, "--data", walkers), name)
+    assert not os.path.exists("/tmp/owned-by-a-pickle")
+    torch.save({"state_dict": {}}, tmp_path / "foreign.pt")
+    fails(run("evaluate.py", "--checkpoint", tmp_path / "foreign.pt", "--data", walkers), "no checkpoint of train.py")
+    fails(run("train.py", "--resume", tmp_path / "nothing"), "no file")
+    other = tensors_of(trained[0])
+    other["classes"] = [1, 2, 3, 5]
+    torch.save(other, tmp_path / "other.pt")
+    fails(run("train.py", "--resume", tmp_path / "other.pt", "--run", tmp_path / "r", "--epochs", 2), "identities")
+
+
+def test_no_network_for_the_hub(walkers, tmp_path):
+    """The real hub call, pointed at a proxy that is not there."""
+    offline = {v: "http://127.0.0.1:9" for v in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+    result = run("train.py", "--data", walkers, "--run", tmp_path / "run", env={**offline, "TORCH_HOME": str(tmp_path), "no_proxy": ""})
+    fails(result, "network", "--dinov2-weights", "--dinov2 tiny")
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--identities", "99"], ["99", "4"]), (["--epochs", "0"], ["--epochs"]), (["--precision", "half"], ["--precision"]),
+    (["--method", "magic"], ["magic", "dinogrl"]), (["--device", "cuda:9"], ["cuda"]), (["--dinov2", "dinov3"], ["dinov3"]),
+    (["--size", "60", "30"], ["--size"]), (["--gait", "maybe"], []), (["--blocks", "1"], ["--blocks"])])
+def test_bad_options(options, words, walkers, tmp_path):
+    result = run("train.py", "--data", walkers, "--run", tmp_path / "run", *TINY, *options)
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert all(w in result.stderr for w in words), result.stderr
