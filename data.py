@@ -43,10 +43,10 @@ def cli(main):
         sys.exit(main())
     except UserError as error:
         # A DataLoader worker hands its exception on as a whole traceback, whose last line is the message.
-        print("error:", str(error).strip().splitlines()[-1].split("UserError: ")[-1], file=sys.stderr)
+        tqdm.write("error: " + str(error).strip().splitlines()[-1].split("UserError: ")[-1], file=sys.stderr)    # past open bars
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        tqdm.write("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
@@ -349,10 +349,10 @@ def normalise(frames):
     return (frames.float() / 255 - mean) / std
 
 
-def augment(frames, modality, rng):
+def augment(frames, modality, rng, erase=0.5):
     """uint8 (B, T, 3, H, W), modality (B,), numpy Generator -> normalised float32, all frames of a tracklet alike.
 
-    Pad + random crop, flip, random erasing; then one channel copied to all three for half of the visible tracklets,
+    Pad + random crop, flip, random erasing (with probability `erase`); then one channel copied to all three for half of the visible tracklets,
     and for infrared a channel (3 of 4) or the gray mix (1 of 8). The numbers are drawn on the CPU: no device sync."""
     B, T, C, H, W = frames.shape
     pad = round(10 * H / 256)
@@ -367,7 +367,7 @@ def augment(frames, modality, rng):
     fill = torch.tensor((0.4914, 0.4822, 0.4465), device=frames.device)[:, None, None]
     gray = torch.tensor((0.2989, 0.5870, 0.1140), device=frames.device)[:, None, None]
     for b, infrared in enumerate(modality.tolist()):
-        box = erased_box(H, W, rng) if rng.random() < 0.5 else None
+        box = erased_box(H, W, rng) if rng.random() < erase else None
         if box:
             y, x, h, w = box
             out[b, :, :, y:y + h, x:x + w] = fill

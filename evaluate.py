@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import model as dinogrl
-from data import DIRECTIONS, VISIBLE, Frames, UserError, cli, load_dataset, normalise, read_frame
+from data import VISIBLE, Frames, UserError, cli, load_dataset, normalise, read_frame
 from sasgl import choose_body, fill, read_tensors
 
 METHODS = {"dinogrl": dinogrl.build}    # method: build(config, classes, pretrained) -> model
@@ -119,7 +119,7 @@ def embed_tracklets(model, dataset, config, device):
     model.eval()
     loader = torch.utils.data.DataLoader(
         Frames(dataset.test, size=config.size, T=config.frames, rule=dataset.test_frames),
-        batch_size=config.test_batch, num_workers=config.workers, pin_memory=device.type == "cuda")
+        batch_size=config.test_batch, num_workers=config.workers, pin_memory=device.type == "cuda", generator=torch.Generator())
     embeddings = None
     with tqdm(total=len(dataset.test), desc="embedding", unit="tracklet", leave=False) as bar:
         for frames, modality, index in loader:
@@ -260,6 +260,16 @@ def load_run(path):
     return model.eval(), config
 
 
+def choose_device(name):
+    """"" (CUDA if there is one), cuda, cuda:1, cpu -> torch.device. Raises UserError if it cannot be used."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used ({str(error).splitlines()[0][:80]}); expected cuda, cuda:1, ... or cpu") from None
+    return device
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     which = parser.add_mutually_exclusive_group(required=True)
@@ -270,11 +280,12 @@ def main():
     parser.add_argument("--save", metavar="FILE.npz", help="write embedding (N, parts, dim), pid, camera, modality, first frame")
     parser.add_argument("--test-batch", type=int, help="tracklets at a time; lower it if memory runs out")
     parser.add_argument("--workers", type=int, help="loader processes; about the number of cores")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--frames", type=int, help="frames per tracklet; default the run's, 6 for --official; fewer: faster, worse")
+    parser.add_argument("--device", default="", help="cuda, cuda:1, cpu; default: cuda if there is one")
     args = parser.parse_args()
     if args.official and not args.data:
         parser.error("--official needs --data PATH")
-    start, device = time.time(), torch.device(args.device)
+    start, device = time.time(), choose_device(args.device)
     if args.official:
         torch.backends.cudnn.allow_tf32 = False    # the authors' embeddings to float32's last digits
         method, model = "dinogrl", dinogrl.load_official(args.official)
@@ -282,9 +293,11 @@ def main():
     else:
         model, config = load_run(args.checkpoint)
         method = read_checkpoint(args.checkpoint)["method"]
-    for name in ("test_batch", "workers"):
-        if getattr(args, name) is not None:
-            setattr(config, name, getattr(args, name))
+    for name, least in (("test_batch", 1), ("workers", 0), ("frames", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}; expected at least {least}")
+        setattr(config, name, getattr(config, name) if value is None else value)
     dataset = load_dataset(args.data or config.data)
     results, embeddings = evaluate(model.to(device), dataset, config, device)
     results = {"method": method, "dataset": dataset.name, **results, "seconds": round(time.time() - start, 1)}

@@ -202,12 +202,12 @@ class DinoGRL(nn.Module):
 
 # ---------------------------------------------------------------- weights ----
 
-def build(config, classes, pretrained=True):
-    """A DinoGRL as the configuration (train.Config) says. pretrained=False: tensors random, for a checkpoint to fill."""
+def build(config, classes, pretrained=True, cls=DinoGRL):
+    """A DinoGRL (or a subclass: cls) as the configuration (train.Config) says. pretrained=False: random, to be filled."""
     dinov2 = load_dinov2(config.dinov2, config.dinov2_weights, pretrained) if config.gait else None
-    model = DinoGRL(classes=classes, dinov2=dinov2, dim=config.dim, width=config.width, blocks=config.blocks,
-                    strides=config.strides, gait_strides=config.gait_strides, dino_size=config.dino_size,
-                    code_size=config.code_size, gait=config.gait, pbmge=config.pbmge)
+    model = cls(classes=classes, dinov2=dinov2, dim=config.dim, width=config.width, blocks=config.blocks,
+                strides=config.strides, gait_strides=config.gait_strides, dino_size=config.dino_size,
+                code_size=config.code_size, gait=config.gait, pbmge=config.pbmge)
     if pretrained and config.resnet_weights != "random":
         load_resnet50(model, config.resnet_weights)
     if pretrained and config.mask_branch and config.gait:

@@ -63,7 +63,7 @@ def fill(module, tensors, what):
 DINOV2 = {"dinov2_vits14": (384, 12, 6, 0), "dinov2_vits14_reg": (384, 12, 6, 4),
           "dinov2_vitb14": (768, 12, 12, 0), "dinov2_vitb14_reg": (768, 12, 12, 4),
           "dinov2_vitl14": (1024, 24, 16, 0), "dinov2_vitl14_reg": (1024, 24, 16, 4),
-          "tiny": (32, 4, 2, 0)}
+          "tiny": (32, 4, 1, 0)}
 TINY_SEED = 1002
 DINOV2_HUB = "facebookresearch/dinov2:b8931f7bf91576930313be2c6d6af376033b35f0"    # pinned: the code that will run
 

@@ -16,9 +16,10 @@ import argparse
 import bisect
 import ctypes
 import json
+import math
 import os
 import time
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 import walkers
 from data import Frames, IdentitySampler, UserError, augment, cli, load_dataset
-from evaluate import METHODS, draw_silhouettes, evaluate, read_checkpoint, table, write_atomic, write_json
+from evaluate import METHODS, choose_device, draw_silhouettes, evaluate, read_checkpoint, table, write_atomic, write_json
 from sasgl import fill
 
 
@@ -55,6 +56,7 @@ class Config:
     precision: str = option("auto", "auto, bfloat16, float16 (with loss scaling), float32; auto: bfloat16 on CUDA, else float32")
     # data
     size: tuple = option((256, 128), "height and width of the frames; the height is cut into 16 strips after 16-fold reduction")
+    erase: float = option(0.5, "probability of random erasing; lower it for short runs, which underfit")
     workers: int = option(min(8, os.cpu_count() or 1), "loader processes; raise it if the GPU waits")
     test_batch: int = option(32, "tracklets at a time in evaluation")
     evaluate_every: int = option(0, "epochs between evaluations; 0: after the last only (curves cost an embedding pass each)")
@@ -79,10 +81,16 @@ class Config:
 
 PRESETS = {"paper": {},
            # A laptop's CPU, minutes: a tiny ViT, thin one-block ResNets, small frames.
-           "small": dict(epochs=6, steps=40, identities=8, tracklets=2, frames=4, warmup_epochs=0, milestones=(4, 5), lr=2e-3,
-                         size=(64, 32), workers=2, dinov2="tiny", resnet_weights="random", mask_warmup=60, mask_lr=5e-2, dim=64, width=16,
-                         blocks=(1, 1, 1, 1), strides=(1, 1, 1, 1), gait_strides=(1, 2, 1, 1), dino_size=(336, 168),
+           "small": dict(epochs=6, steps=60, identities=8, tracklets=2, frames=4, warmup_epochs=0, milestones=(4, 5), lr=3e-3,
+                         size=(64, 32), workers=2, dinov2="tiny", resnet_weights="random", mask_warmup=60, erase=0.0, mask_lr=5e-2, dim=64, width=8,
+                         blocks=(1, 1, 1, 1), strides=(1, 1, 1, 1), gait_strides=(2, 1, 1, 1), dino_size=(336, 168),
                          code_size=(32, 16))}
+
+
+def on_off(word):
+    if word not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"{word!r}; expected on or off")
+    return word == "on"
 
 
 def parse():
@@ -96,7 +104,7 @@ def parse():
         name, kind = "--" + f.name.replace("_", "-"), type(f.default)
         show = f"{f.metadata['help']} (paper: {f.default if f.default != '' else 'none'})"
         if kind is bool:
-            parser.add_argument(name, type=lambda s: {"on": True, "off": False}[s], metavar="on|off", help=show)
+            parser.add_argument(name, type=on_off, metavar="on|off", help=show)
         elif kind is tuple:
             parser.add_argument(name, type=int, nargs="*", metavar="N", help=show)
         else:
@@ -119,6 +127,15 @@ def check(config):
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}; expected at least 1")
     if config.precision not in ("auto", "bfloat16", "float16", "float32"):
         raise UserError(f"--precision {config.precision}; expected auto, bfloat16, float16 or float32")
+    for name, n in dict(size=2, dino_size=2, code_size=2, blocks=4, strides=4, gait_strides=4).items():
+        if len(getattr(config, name)) != n or min(getattr(config, name)) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}; expected {n} positive numbers")
+    for name, height, strides in (("size", config.size[0] / 4, "strides"), ("code-size", config.code_size[0], "gait_strides")):
+        rows = height / math.prod(getattr(config, strides))
+        if rows % 16 and (config.gait or name == "size"):
+            raise UserError(f"--{name} and --{strides.replace('_', '-')} leave maps of {rows:g} rows; expected a multiple of the 16 strips")
+    if config.gait and (config.dino_size[0] % 14 or config.dino_size[1] % 14):
+        raise UserError(f"--dino-size {config.dino_size}; expected multiples of 14, DINOv2's patch")
 
 
 def new_run(config, run, name):
@@ -149,9 +166,9 @@ def warm_up_mask(model, loader, sampler, config, device):
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, config.mask_warmup)
     step, bar = 0, tqdm(total=config.mask_warmup, desc="mask warm-up", unit="step")
     while step < config.mask_warmup:
-        sampler.epoch = config.epochs + step    # batches of their own, which no epoch repeats
+        sampler.epoch = 10 ** 6 + step    # batches of their own, which no epoch repeats
         for frames, modality, index in loader:
-            losses = model.warm_up(augment(frames.to(device), modality, np.random.default_rng([config.seed, step])))
+            losses = model.warm_up(augment(frames.to(device), modality, np.random.default_rng([config.seed, step]), config.erase))
             optimizer.zero_grad()
             sum(losses.values()).backward()
             optimizer.step()
@@ -178,21 +195,22 @@ def main():
     config, checkpoint, run = parse()
     check(config)
     keep_memory()
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(config.device)
     precision = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(config.precision, config.precision)
     dtype, start = getattr(torch, precision), time.time()
 
     # Data
     if not config.data:
         config.data = os.path.join("runs", "walkers")
-        walkers.make_walkers(config.data)
+        walkers.make_walkers(config.data, test_identities=24)
     dataset = load_dataset(config.data, config.auxiliary)
     label_of = {pid: label for label, pid in enumerate(dataset.classes)}
     label_of_tracklet = torch.tensor([label_of[t.pid] for t in dataset.train])
     sampler = IdentitySampler(dataset.train, P=config.identities, K=config.tracklets, steps=config.steps, seed=config.seed)
     loader = torch.utils.data.DataLoader(Frames(dataset.train, size=config.size, T=config.frames), batch_sampler=sampler,
                                          num_workers=config.workers, pin_memory=device.type == "cuda",
-                                         persistent_workers=config.workers > 0)
+                                         persistent_workers=config.workers > 0,
+                                         generator=torch.Generator())    # its own: it would draw from the model's otherwise
 
     # Model, optimizer
     torch.manual_seed(config.seed)
@@ -229,7 +247,7 @@ def main():
         bar = tqdm(loader, desc=f"epoch {epoch + 1}/{config.epochs}", unit="step")
         for step, (frames, modality, index) in enumerate(bar):
             frames = augment(frames.to(device, non_blocking=True), modality,
-                             np.random.default_rng([config.seed, epoch, step]))
+                             np.random.default_rng([config.seed, epoch, step]), config.erase)
             label = label_of_tracklet[index].to(device)
             with torch.autocast(device.type, dtype, enabled=precision != "float32"):
                 losses, shown = model(frames, modality.to(device), label)

@@ -114,7 +114,8 @@ def test_evaluate_reproduces_the_run_and_saves_embeddings(trained, tmp_path):
 
 def test_official_end_to_end(walkers, tmp_path):
     write_official(tmp_path, seed=7)
-    result = run("evaluate.py", "--official", tmp_path, "--data", walkers, "--save", tmp_path / "e.npz", "--json", tmp_path / "r.json")
+    result = run("evaluate.py", "--official", tmp_path, "--data", walkers, "--save", tmp_path / "e.npz", "--json", tmp_path / "r.json",
+                 "--frames", 1)    # of 6: a paper-size frame takes half a second on a CPU
     assert result.returncode == 0, result.stderr
     assert np.load(tmp_path / "e.npz")["embedding"].shape == (40, 70, 256)
     assert json.loads((tmp_path / "r.json").read_text())["directions"]["infrared->visible"]["gallery"] == 20
@@ -138,7 +139,8 @@ def test_paper_preset_trains_evaluates_and_resumes(benchmark, walkers, weights, 
     if benchmark == "buptcampus":
         write_buptcampus(data)
         data = data / "DATA"    # as some users will
-    few = ["--steps", 1, "--identities", 2, "--tracklets", 1, "--frames", 2, "--mask-warmup", 1, "--workers", 0, "--epochs", 1]
+    few = ["--steps", 1, "--identities", 2, "--tracklets", 1, "--frames", 1, "--mask-warmup", 1, "--workers", 0, "--epochs", 1,
+           "--dino-size", 112, 56]
     result = run("train.py", "--data", data, "--preset", "paper", "--run", tmp_path / "run", *few, *weights)
     assert result.returncode == 0, result.stderr
     result = run("train.py", "--resume", tmp_path / "run", "--epochs", 2)
