@@ -95,7 +95,7 @@ def read_lines(path):
 
 HITSZ_LISTS = "track_train_info.txt", "track_test_info.txt", "train_name.txt", "test_name.txt"
 BUPT_LISTS = "data_paths.json", "train.txt", "gallery.txt"
-HITSZ_NAME = re.compile(r"(\d+)M([12])D(\d+)T\d+F([^/\\]+)")    # the numbers may be padded or not: letters decide
+HITSZ_NAME = re.compile(r"(\d{1,9})M([12])D(\d{1,9})T\d+F([^/\\]+)")    # the numbers may be padded or not: letters decide
 
 
 def read_hitsz(root, info):
@@ -138,7 +138,7 @@ def read_hitsz(root, info):
 
     query = set()
     for word in " ".join(read_lines(os.path.join(info, "query_IDX.txt"))).replace(",", " ").split():
-        row = int(word) if word.isdecimal() else 0
+        row = int(word) if word.isdecimal() and len(word) < 10 else 0
         if not 1 <= row <= len(rows["test"]):
             dataset.problems.append(f"query_IDX.txt: {word[:60]!r} is no row of track_test_info.txt; expected 1.."
                                     f"{len(rows['test'])}")
@@ -189,7 +189,7 @@ def read_bupt(root, auxiliary):
     def rows(name, modalities):
         for i, line in enumerate(read_lines(os.path.join(root, name)), 1):
             words = line.split()
-            if len(words) == 4 and words[0].isdecimal() and words[1] in modalities:
+            if len(words) == 4 and words[0].isdecimal() and len(words[0]) < 10 and words[1] in modalities:
                 for modality in words[1].split("/"):
                     t = tracklet(f"{name} row {i}", words[0], modality, words[2], words[3])
                     if t:
@@ -233,7 +233,7 @@ def read_dataset(path, auxiliary=False):
     for folder, names in by_folder.items():
         try:
             there = set(os.listdir(folder))
-        except OSError:
+        except (OSError, ValueError):    # no such folder, or a name that no file can have
             there = set()
         dataset.problems += [f"no file {os.path.join(folder, n)}, though the dataset's lists name it"
                              for n in dict.fromkeys(names) if n not in there]

@@ -23,11 +23,11 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import model as dinogrl
-from data import VISIBLE, Frames, UserError, cli, load_dataset, normalise, read_frame
+from data import INFRARED, VISIBLE, Frames, UserError, cli, load_dataset, normalise, read_frame
 from sasgl import choose_body, fill, read_tensors
 
 METHODS = {"dinogrl": dinogrl.build}    # method: build(config, classes, pretrained) -> model
@@ -70,13 +70,13 @@ def rank(distance, match, valid):
     return position[:, 0] + none, ap + none, K / last + none
 
 
-def score(embedding_of, query, gallery, block=1024):
-    """Shared by metrics and evaluate. embedding_of(rows) -> distances of those queries; query, gallery: (pid, camera or
-    None) integer arrays. -> the results of one direction."""
+def score(distance_of, query, gallery, block=1024):
+    """The results of one direction, a block of queries at a time. distance_of(rows) -> (len(rows), G); query and gallery:
+    (pid, camera or None) as integer tensors. Raises UserError if nothing can be ranked."""
     (query_pid, query_camera), (gallery_pid, gallery_camera) = query, gallery
     parts = []
     for rows in torch.arange(len(query_pid)).split(block):
-        distance = embedding_of(rows)
+        distance = distance_of(rows)
         if not distance.isfinite().all():
             raise UserError("the distances are not finite; the model's embeddings hold NaN or infinity: train with a "
                             "lower --lr or with --precision float32")
@@ -137,9 +137,10 @@ def evaluate(model, dataset, config, device):
     pid, camera = codes([t.pid for t in dataset.test])[0], codes([t.camera for t in dataset.test])[0]
     results = {}
     for direction, (query, gallery) in dataset.directions.items():
+        query = torch.tensor(query)
         gallery_parts = embeddings[gallery].to(device)
         cameras = (camera[query], camera[gallery]) if dataset.ignore_same_camera else (None, None)
-        results[direction] = score(lambda rows: distances(embeddings[query][rows].to(device), gallery_parts),
+        results[direction] = score(lambda rows: distances(embeddings[query[rows]].to(device), gallery_parts),
                                    (pid[query], cameras[0]), (pid[gallery], cameras[1]))
     return {"directions": results, "silhouette_iou": silhouette_iou(model, dataset, config, device)}, embeddings
 
@@ -175,7 +176,7 @@ def look_at(model, dataset, tracklets, config, device):
         yield frames, model.sasgl.look(normalise(frames.to(device))), torch.stack(masks) if masks[0] is not None else None
 
 
-def silhouette_iou(model, dataset, config, device, tracklets=64):
+def silhouette_iou(model, dataset, config, device, tracklets=32):
     """Mean intersection over union of silhouette (>= 0.5, at the frames' size) and true mask, over the frames of
     `tracklets` test tracklets evenly taken; None without masks or without silhouettes."""
     if getattr(model, "sasgl", None) is None or not os.path.isdir(os.path.join(dataset.root, "masks")):
@@ -189,28 +190,28 @@ def silhouette_iou(model, dataset, config, device, tracklets=64):
 
 
 def draw_silhouettes(path, model, dataset, config, device, each=2, height=128):
-    """Writes a picture: for `each` test tracklets of both modalities, frames, body probability and silhouette, and the
-    true mask where there is one."""
-    some = [[t for t in dataset.test if t.modality == m][::max(1, len(dataset.test) // (2 * each))][:each]
-            for m in (VISIBLE, "infrared")]
-    width, rows = height * config.size[1] // config.size[0], []
-
-    def strip(images):    # (T, H, W) or (T, 3, H, W) in 0..1 -> one row of T pictures
-        images = images[:, None].expand(-1, 3, -1, -1) if images.ndim == 3 else images
-        images = F.interpolate(images.float().cpu(), (height, width), mode="bilinear", align_corners=False)
-        return (images.clamp(0, 1).permute(2, 0, 3, 1).reshape(height, -1, 3) * 255).byte().numpy()
-
-    for t, (frames, view, masks) in zip(sum(some, []), look_at(model, dataset, sum(some, []), config, device)):
-        rows.append((f"{t.modality}, person {t.pid}, camera {t.camera}", strip(frames / 255)))
-        rows.append(("body probability", strip(choose_body(view.mask))))
-        rows.append(("silhouette", strip(view.silhouette)))
-        if masks is not None:
-            rows.append(("true mask", strip(masks.float())))
-    sheet = Image.new("RGB", (200 + config.frames * width, len(rows) * (height + 4)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (label, row) in enumerate(rows):
-        draw.text((6, i * (height + 4) + height // 2 - 6), label, fill="black")
-        sheet.paste(Image.fromarray(row), (200, i * (height + 4)))
+    """Writes a picture, a column per tracklet (`each` test tracklets of both modalities): its frames, the body
+    probability, the silhouette, and the true mask where there is one."""
+    some = [t for m in (VISIBLE, INFRARED)
+            for t in [t for t in dataset.test if t.modality == m][::max(1, len(dataset.test) // (2 * each))][:each]]
+    columns = []
+    for frames, view, masks in look_at(model, dataset, some, config, device):
+        columns.append({"frames": frames / 255, "body probability": choose_body(view.mask), "silhouette": view.silhouette}
+                       | ({} if masks is None else {"true mask": masks}))
+    width, left, top, gap = height * config.size[1] // config.size[0], 124, 24, 8
+    column_width = config.frames * width + gap
+    sheet = Image.new("RGB", (left + len(some) * column_width, top + len(columns[0]) * (height + gap)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
+    for c, (t, column) in enumerate(zip(some, columns)):
+        x = left + c * column_width
+        draw.text((x, 4), f"{t.modality}, person {t.pid}, camera {t.camera}", fill="black", font=font)
+        for r, (name, images) in enumerate(column.items()):
+            y = top + r * (height + gap)
+            draw.text((6, y + height // 2 - 8), name, fill="black", font=font)
+            images = images.float().cpu() if images.ndim == 4 else images.float().cpu()[:, None].expand(-1, 3, -1, -1)
+            images = F.interpolate(images, (height, width), mode="bilinear", align_corners=False).clamp(0, 1)
+            row = (images.permute(2, 0, 3, 1).reshape(height, -1, 3) * 255).byte().numpy()    # T frames side by side
+            sheet.paste(Image.fromarray(row), (x, y))
     write_atomic(path, lambda file: sheet.save(file, format="PNG"))
 
 

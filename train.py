@@ -44,7 +44,7 @@ class Config:
     seed: int = option(1, "for weights, sampling and augmentation; report the spread of at least 3")
     device: str = option("", "cuda, cuda:1, cpu; default: cuda if there is one")
     # schedule
-    epochs: int = option(80, "nothing moves much ten epochs after the last milestone")
+    epochs: int = option(80, "nothing moves much ten epochs after the last milestone; 0 evaluates the untrained model")
     steps: int = option(200, "steps per epoch")
     identities: int = option(4, "identities per step; halve it before anything else if memory runs out")
     tracklets: int = option(4, "tracklets per identity and modality in a step; fewer than 2 starves the triplet loss")
@@ -87,6 +87,16 @@ PRESETS = {"paper": {},
                          code_size=(32, 16))}
 
 
+BAR = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+
+
+def short(name):
+    """A loss's name for the progress bar, where every column counts; log.jsonl has it in full."""
+    for long, brief in (("identity", "id"), ("triplet", "tri"), ("appearance", "app"), ("accuracy", "acc"), ("diversity", "div")):
+        name = name.replace(long, brief)
+    return name
+
+
 def on_off(word):
     if word not in ("on", "off"):
         raise argparse.ArgumentTypeError(f"{word!r}; expected on or off")
@@ -113,7 +123,11 @@ def parse():
     preset, run, resume = (given.pop(k, None) for k in ("preset", "run", "resume"))
     if resume:
         checkpoint = read_checkpoint(resume)
-        return replace(Config(**checkpoint["config"]), **given), checkpoint, run or resume
+        run = run or (resume if os.path.isdir(resume) else os.path.dirname(resume) or ".")
+        try:
+            return replace(Config(**checkpoint["config"]), **given), checkpoint, run
+        except TypeError as error:
+            raise UserError(f"{resume} has another version's config ({error}); resume it with the code that wrote it") from None
     preset = preset or ("paper" if given.get("data") else "small")
     return replace(Config(**PRESETS[preset]), **given), None, run
 
@@ -122,9 +136,9 @@ def check(config):
     """Raises UserError for a configuration that cannot work."""
     if config.method not in METHODS:
         raise UserError(f"--method {config.method} is not known; expected one of {', '.join(METHODS)}")
-    for name in ("epochs", "steps", "identities", "tracklets", "frames", "test_batch"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}; expected at least 1")
+    for name, least in dict(epochs=0, workers=0, mask_warmup=0, steps=1, identities=2, tracklets=1, frames=1, test_batch=1).items():
+        if getattr(config, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}; expected at least {least}")
     if config.precision not in ("auto", "bfloat16", "float16", "float32"):
         raise UserError(f"--precision {config.precision}; expected auto, bfloat16, float16 or float32")
     for name, n in dict(size=2, dino_size=2, code_size=2, blocks=4, strides=4, gait_strides=4).items():
@@ -164,7 +178,7 @@ def warm_up_mask(model, loader, sampler, config, device):
     """Trains the mask bottleneck alone for a few steps, so that the rest never sees untrained silhouettes. [ours]"""
     optimizer = torch.optim.Adam(model.sasgl.mask_branch.parameters(), lr=config.mask_lr)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, config.mask_warmup)
-    step, bar = 0, tqdm(total=config.mask_warmup, desc="mask warm-up", unit="step")
+    step, bar = 0, tqdm(total=config.mask_warmup, desc="mask warm-up", bar_format=BAR)
     while step < config.mask_warmup:
         sampler.epoch = 10 ** 6 + step    # batches of their own, which no epoch repeats
         for frames, modality, index in loader:
@@ -173,7 +187,7 @@ def warm_up_mask(model, loader, sampler, config, device):
             sum(losses.values()).backward()
             optimizer.step()
             scheduler.step()
-            bar.set_postfix({k: f"{v.item():.3f}" for k, v in losses.items()})
+            bar.set_postfix_str(" ".join(f"{short(name)} {value.item():.2g}" for name, value in losses.items()))
             bar.update()
             step += 1
             if step == config.mask_warmup:
@@ -232,8 +246,14 @@ def main():
         torch.set_rng_state(checkpoint["random"]["cpu"])
         if device.type == "cuda" and checkpoint["random"]["cuda"] is not None:
             torch.cuda.set_rng_state(checkpoint["random"]["cuda"], device)
+        os.makedirs(run, exist_ok=True)
     else:
         run = new_run(config, run, dataset.name)
+    log = os.path.join(run, "log.jsonl")
+    if os.path.exists(log):    # a run cut between log and checkpoint has a line too many
+        with open(log) as file:
+            kept = [line for line in file if line.endswith("}\n") and json.loads(line)["epoch"] <= first_epoch]
+        write_atomic(log, lambda file: file.write("".join(kept).encode()))
     write_json(os.path.join(run, "config.json"), asdict(config))
     print(f"{config.method} on {dataset.name}: {len(dataset.classes)} training identities, {len(dataset.train):,} tracklets; "
           f"{sum(p.numel() for p in trained):,} parameters to train; {device}, {precision}; run {run}")
@@ -244,7 +264,7 @@ def main():
     for epoch in range(first_epoch, config.epochs):
         model.train()
         sampler.epoch, sums, epoch_start = epoch, {}, time.time()
-        bar = tqdm(loader, desc=f"epoch {epoch + 1}/{config.epochs}", unit="step")
+        bar = tqdm(loader, desc=f"epoch {epoch + 1}/{config.epochs}", bar_format=BAR)
         for step, (frames, modality, index) in enumerate(bar):
             frames = augment(frames.to(device, non_blocking=True), modality,
                              np.random.default_rng([config.seed, epoch, step]), config.erase)
@@ -264,18 +284,18 @@ def main():
                 means = {name: (value / (step + 1)).item() for name, value in sums.items()}
                 for name, value in means.items():
                     if not np.isfinite(value):
-                        raise UserError(f"the loss {name} is {value} in epoch {epoch + 1}, step {step + 1}; the last good "
-                                        f"checkpoint stands in {run}: resume with a lower --lr or --precision float32")
-                bar.set_postfix_str(" ".join(f"{k.replace('identity', 'id').replace('accuracy', 'acc')} {v:.3g}" for k, v in means.items())
-                                    + f" {(step + 1) * frames.shape[0] * frames.shape[1] / seconds:.0f} frames/s")
-            if epoch == first_epoch and step == 2 and device.type == "cpu" and config.width == 64:
+                        raise UserError(f"{name} is {value} in epoch {epoch + 1}, step {step + 1}; {epoch} whole epochs stand in "
+                                        f"{run}: resume or begin again with a lower --lr or --precision float32")
+                bar.set_postfix_str(f"{(step + 1) * frames.shape[0] * frames.shape[1] / seconds:.0f} frames/s "
+                                    + " ".join(f"{short(name)} {value:.2g}" for name, value in means.items()))
+            if epoch == first_epoch and step == 2 and device.type == "cpu" and dataset.name != "walkers":
                 bar.write(f"no CUDA here: about {seconds / 3 * config.steps / 3600:.1f} hours an epoch on this CPU")
-        scheduler.step()
 
         # Log, save, evaluate
         line = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], **means, "seconds": round(time.time() - epoch_start, 1)}
-        with open(os.path.join(run, "log.jsonl"), "a") as log:
-            log.write(json.dumps(line) + "\n")
+        scheduler.step()
+        with open(log, "a") as file:
+            file.write(json.dumps(line) + "\n")
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
                  "scaler": scaler.state_dict(), "epoch": epoch + 1, "config": asdict(config), "classes": dataset.classes,
                  "method": config.method,
@@ -284,7 +304,7 @@ def main():
         if epoch + 1 == config.epochs or (config.evaluate_every and (epoch + 1) % config.evaluate_every == 0):
             report(model, dataset, config, device, run, start)
     if first_epoch >= config.epochs:
-        print(f"{run} has its {first_epoch} epochs already; raise --epochs to go on. Its result:")
+        print(f"{run} has its {first_epoch} epochs already; raise --epochs to go on" if checkpoint else "the untrained model")
         report(model, dataset, config, device, run, start)
 
 
@@ -295,7 +315,7 @@ def report(model, dataset, config, device, run, start):
     write_json(os.path.join(run, "results.json"), results)
     if config.gait:
         draw_silhouettes(os.path.join(run, "silhouettes.png"), model, dataset, config, device)
-    print(table(results))
+    print(f"\n{table(results)}\nEverything is in {run}{os.sep}" + ("; silhouettes.png shows what the model sees" if config.gait else ""))
 
 
 if __name__ == "__main__":

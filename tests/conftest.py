@@ -2,5 +2,26 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from golden import write_official    # noqa: E402
+from walkers import make_walkers    # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def official_files(tmp_path_factory):
+    """The authors' three files, formula-filled with seed 60. Half a gigabyte: made once, to be read only."""
+    folder = tmp_path_factory.mktemp("official")
+    write_official(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def walkers(tmp_path_factory):
+    """A folder of walkers, as small as a dataset may be: 4 training and 5 test identities, galleries of 20. Read only."""
+    folder = tmp_path_factory.mktemp("walkers") / "walkers"
+    make_walkers(folder, train_identities=4, test_identities=5, frames=12, height=64)
+    return folder

@@ -8,7 +8,7 @@ import torch
 
 
 from evaluate import distances
-from golden import formula, official_keys, write_official
+from golden import formula, official_keys
 from model import identity_loss, load_official, triplet_loss
 from pbmge import PBMGE
 
@@ -24,10 +24,8 @@ def agrees(name, value, tolerance=1e-4):
 
 
 @pytest.fixture(scope="module")
-def official(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("official")
-    write_official(folder)
-    return load_official(folder)
+def official(official_files):
+    return load_official(official_files)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from data import UserError
-from golden import formula, official_keys, write_official
+from golden import formula, official_keys
 from model import (DinoGRL, Parts, Stages, build, load_mask_branch, load_official, load_resnet50, triplet_loss)
 from sasgl import load_dinov2
 from train import PRESETS, Config
@@ -129,22 +129,21 @@ def test_mask_branch_file(tmp_path):
         load_mask_branch(model, str(tmp_path / "bare.pt"))
 
 
-def test_official_files_other_class_counts_and_every_wrong_key_listed(tmp_path):
-    def bupt(name, tensors):
-        for k in [k for k in tensors if k.endswith("BNNecks.fc_bin")]:
-            tensors[k] = torch.zeros(35, 256, 7)
-    write_official(tmp_path, seed=3, change=bupt)
-    assert load_official(tmp_path).classes == 7
+def test_official_files_other_class_counts_and_every_wrong_key_listed(official_files, tmp_path):
+    files = {path.name: torch.load(path, weights_only=True) for path in official_files.iterdir()}
 
-    def spoil(name, tensors):
-        bupt(name, tensors)
-        if name == "best_model.pth":
-            tensors.pop("FCs.fc_bin")
-            tensors["text_encoder.weight"] = torch.zeros(2)
-        if name == "best_shape.pth":
-            tensors["dinov2.Appearance_Branch.down_sampling.bias"] = torch.zeros(15)
-            tensors.pop("dinov2.gait_net.post_backbone.GAP.p")
-    write_official(tmp_path, seed=3, change=spoil)
+    def write(**changes):    # a fresh copy with some tensors changed, or (None) removed
+        for name, tensors in files.items():
+            mine = changes.get(name.removesuffix(".pth"), {})
+            torch.save({k: v for k, v in {**tensors, **mine}.items() if v is not None}, tmp_path / name)
+
+    head = torch.zeros(35, 256, 7)    # another class count: the files decide
+    heads = {"best_model": {"BNNecks.fc_bin": head}, "best_shape": {"dinov2.gait_net.BNNecks.fc_bin": head}}
+    write(**heads)
+    assert load_official(tmp_path).classes == 7
+    write(best_model={**heads["best_model"], "FCs.fc_bin": None, "text_encoder.weight": torch.zeros(2)},
+          best_shape={**heads["best_shape"], "dinov2.Appearance_Branch.down_sampling.bias": torch.zeros(15),
+                      "dinov2.gait_net.post_backbone.GAP.p": None})
     with pytest.raises(UserError) as error:
         load_official(tmp_path)
     for words in ("best_model.pth: FCs.fc_bin is missing", "best_model.pth: text_encoder.weight is surplus",
