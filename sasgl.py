@@ -219,7 +219,10 @@ def refine_edges(p):
 
 
 def smooth_loss(maps):
-    """(N, C, H, W) -> scalar: |Sobel x| + |Sobel y| of the channels' sum, per value. Few, closed regions are cheap."""
+    """(N, C, H, W) -> scalar: |Sobel x| + |Sobel y| of the channels' sum, per value. Few, closed regions are cheap.
+
+    On the mask, whose two channels sum to 1, this is the constant of the image's border and has no gradient. (The release
+    reads pixel-major memory as channel-major there, so its term does have one, though not the intended one.)"""
     N, C, H, W = maps.shape
     sobel = maps.new_tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
     edges = F.conv2d(maps.sum(1, keepdim=True), torch.stack([sobel, sobel.t()])[:, None], padding=1)

@@ -90,11 +90,14 @@ PRESETS = {"paper": {},
 BAR = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
-def short(name):
-    """A loss's name for the progress bar, where every column counts; log.jsonl has it in full."""
-    for long, brief in (("identity", "id"), ("triplet", "tri"), ("appearance", "app"), ("accuracy", "acc"), ("diversity", "div")):
-        name = name.replace(long, brief)
-    return name
+def brief(means):
+    """{"identity_gait": 5.1, "identity_appearance": 4.8, ...} -> "id 5.1/4.8 ...": a line for the progress bar, where every
+    column counts. log.jsonl has the names in full."""
+    groups = {}
+    for name, value in means.items():
+        groups.setdefault(name.split("_")[0], []).append(f"{value:.2g}")
+    names = {"identity": "id", "triplet": "tri", "accuracy": "acc", "diversity": "div"}
+    return " ".join(f"{names.get(name, name)} {'/'.join(values)}" for name, values in groups.items())
 
 
 def on_off(word):
@@ -107,7 +110,7 @@ def parse():
     """The command line -> (Config, folder to resume or None, folder of the run)."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, help="paper (default with --data) or small (default without)")
+    parser.add_argument("--preset", choices=PRESETS, help="paper (default for a real benchmark) or small (default for walkers)")
     parser.add_argument("--run", metavar="DIR", help="the run's folder; default: a new one under runs/")
     parser.add_argument("--resume", metavar="RUN", help="a run's folder; other options given here override its own")
     for f in fields(Config):
@@ -128,7 +131,8 @@ def parse():
             return replace(Config(**checkpoint["config"]), **given), checkpoint, run
         except TypeError as error:
             raise UserError(f"{resume} has another version's config ({error}); resume it with the code that wrote it") from None
-    preset = preset or ("paper" if given.get("data") else "small")
+    real = given.get("data") and not os.path.isfile(os.path.join(given["data"], "walkers.json"))
+    preset = preset or ("paper" if real else "small")
     return replace(Config(**PRESETS[preset]), **given), None, run
 
 
@@ -187,7 +191,7 @@ def warm_up_mask(model, loader, sampler, config, device):
             sum(losses.values()).backward()
             optimizer.step()
             scheduler.step()
-            bar.set_postfix_str(" ".join(f"{short(name)} {value.item():.2g}" for name, value in losses.items()))
+            bar.set_postfix_str(brief({name: value.item() for name, value in losses.items()}))
             bar.update()
             step += 1
             if step == config.mask_warmup:
@@ -287,7 +291,7 @@ def main():
                         raise UserError(f"{name} is {value} in epoch {epoch + 1}, step {step + 1}; {epoch} whole epochs stand in "
                                         f"{run}: resume or begin again with a lower --lr or --precision float32")
                 bar.set_postfix_str(f"{(step + 1) * frames.shape[0] * frames.shape[1] / seconds:.0f} frames/s "
-                                    + " ".join(f"{short(name)} {value:.2g}" for name, value in means.items()))
+                                    + brief(means))
             if epoch == first_epoch and step == 2 and device.type == "cpu" and dataset.name != "walkers":
                 bar.write(f"no CUDA here: about {seconds / 3 * config.steps / 3600:.1f} hours an epoch on this CPU")
 
