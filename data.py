@@ -45,6 +45,9 @@ def cli(main):
         # A DataLoader worker hands its exception on as a whole traceback, whose last line is the message.
         tqdm.write("error: " + str(error).strip().splitlines()[-1].split("UserError: ")[-1], file=sys.stderr)    # past open bars
         sys.exit(2)
+    except OSError as error:    # too many open files, a vanished disk: the system's own words
+        tqdm.write(f"error: {error}; check the disk, the permissions and --workers", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         tqdm.write("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -66,7 +69,7 @@ class Dataset:
     """train, test: lists of Tracklet. directions: {"infrared->visible": (query, gallery), ...}, indices into test.
 
     ignore_same_camera: a gallery tracklet with the query's pid and camera does not count. test_frames: "chunks" (first
-    of each of T chunks) or "linspace". problems: why it cannot be used. notes: what one should know."""
+    of each of T chunks) or "linspace". missing: listed frames that are no files. problems: why it cannot be used. notes: what one should know."""
     name: str
     root: str
     train: list = field(default_factory=list)
@@ -74,6 +77,7 @@ class Dataset:
     directions: dict = field(default_factory=dict)
     ignore_same_camera: bool = False
     test_frames: str = "chunks"
+    missing: list = field(default_factory=list)
     problems: list = field(default_factory=list)
     notes: list = field(default_factory=list)
 
@@ -85,7 +89,7 @@ class Dataset:
 
 def read_lines(path):
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             return file.read().rstrip().splitlines()
     except FileNotFoundError:
         raise UserError(f"no file {path}; it belongs to the dataset: see README, Data") from None
@@ -212,10 +216,10 @@ def read_bupt(root, auxiliary):
 
 def read_dataset(path, auxiliary=False):
     """Recognises and reads the dataset at `path`; its .problems lists what is wrong. Raises UserError if none is there."""
-    path = os.path.normpath(path)
     if not os.path.isdir(path):
         raise UserError(f"no folder {path}; expected HITSZ-VCM or BUPTCampus; check the path")
-    here = [os.path.join(path, "info"), path, os.path.dirname(os.path.abspath(path)) if os.path.basename(path) == "DATA" else path]
+    real = os.path.realpath(path)
+    here = [os.path.join(path, "info"), path, os.path.dirname(real) if os.path.basename(real) == "DATA" else path]
     hitsz = next((f for f in here[:2] for name in HITSZ_LISTS if os.path.isfile(os.path.join(f, name))), None)
     bupt = next((f for f in here[1:] for name in BUPT_LISTS if os.path.isfile(os.path.join(f, name))), None)
     if hitsz:
@@ -235,8 +239,8 @@ def read_dataset(path, auxiliary=False):
             there = set(os.listdir(folder))
         except (OSError, ValueError):    # no such folder, or a name that no file can have
             there = set()
-        dataset.problems += [f"no file {os.path.join(folder, n)}, though the dataset's lists name it"
-                             for n in dict.fromkeys(names) if n not in there]
+        dataset.missing += [os.path.join(folder, n) for n in dict.fromkeys(names) if n not in there]
+    dataset.problems += [f"no file {frame}, though the dataset's lists name it" for frame in dataset.missing]
     if not dataset.train or not dataset.test:
         dataset.problems.append(f"{len(dataset.train)} training and {len(dataset.test)} test tracklets; expected some of each")
     modalities = defaultdict(set)
@@ -245,6 +249,10 @@ def read_dataset(path, auxiliary=False):
     dataset.problems += [f"training identity {pid} has {next(iter(m))} tracklets only; expected both modalities: remove its rows"
                          for pid, m in sorted(modalities.items()) if len(m) == 1]
     for direction, (query, gallery) in dataset.directions.items():
+        there = {dataset.test[i].pid for i in gallery}
+        alone = sum(dataset.test[i].pid not in there for i in query)
+        if alone:
+            dataset.notes.append(f"{direction}: {alone} queries have no tracklet of their person in the gallery: not scored")
         if not query or len(gallery) < 20:
             dataset.problems.append(f"{direction}: {len(query)} queries and a gallery of {len(gallery)}; rank-20 needs at "
                                     "least 1 and 20")
@@ -333,7 +341,8 @@ class IdentitySampler:
             keys = {VISIBLE: [], INFRARED: []}
             for p, identity in enumerate(rng.choice(len(self.pids), self.P, replace=False)):
                 for modality, indices in self.pids[identity].items():
-                    chosen = rng.choice(indices, self.K, replace=len(indices) < self.K)
+                    chosen = rng.permutation(indices)[:self.K]
+                    chosen = np.append(chosen, rng.choice(indices, self.K - len(chosen)))
                     seeds = rng.integers(2 ** 31, size=self.K)
                     if p % self.world == self.rank:
                         keys[modality] += [(int(i), int(s)) for i, s in zip(chosen, seeds)]
@@ -401,9 +410,9 @@ def check_frame(path):
 def main():
     parser = argparse.ArgumentParser(description="Statistics and every problem of a dataset; exit code 0 if it is usable.")
     parser.add_argument("path", help="HITSZ-VCM (any layout) or BUPTCampus")
-    parser.add_argument("--auxiliary", action="store_true", help="BUPTCampus: count its auxiliary training set too")
+    parser.add_argument("--auxiliary", choices=("on", "off"), default="off", help="BUPTCampus: count its auxiliary training set too")
     args = parser.parse_args()
-    dataset = read_dataset(args.path, args.auxiliary)
+    dataset = read_dataset(args.path, args.auxiliary == "on")
     print(f"{dataset.name} in {dataset.root}\n\n{'split':<8}{'modality':<10}{'identities':>10}{'tracklets':>11}{'frames':>10}  cameras")
     for split in ("train", "test"):
         for modality in (VISIBLE, INFRARED):
@@ -413,7 +422,7 @@ def main():
                   f"{sum(len(t.frames) for t in ts):>10,}  {len(cameras)}: {' '.join(cameras)}")
     for direction, (query, gallery) in dataset.directions.items():
         print(f"{direction}: {len(query):,} queries, {len(gallery):,} gallery tracklets")
-    missing = {p.split(",")[0].removeprefix("no file ") for p in dataset.problems if p.startswith("no file ")}
+    missing = set(dataset.missing)
     frames = [f for f in dict.fromkeys(f for t in dataset.train + dataset.test for f in t.frames) if f not in missing]
     with multiprocessing.Pool(os.cpu_count()) as pool:
         dataset.problems += filter(None, tqdm(pool.imap(check_frame, frames, 64), "reading", len(frames), unit="frame"))

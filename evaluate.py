@@ -12,7 +12,8 @@ constant embeddings score as badly as they should. AP is the mean of the precisi
 Quick question: why does mINP fall when mAP hardly moves? (It asks how far one must scroll for the *last* tracklet of
 the person; one hard tracklet in a hundred spoils it.)
 
-Ours, not the paper's: mINP beside CMC and mAP; the silhouettes' IoU where true masks are at hand; float32 throughout.
+Ours, not the paper's: mINP beside CMC and mAP; the silhouettes' IoU where true masks are at hand; float32 (on CUDA with
+cuDNN's TF32 convolutions, except for --official).
 """
 import argparse
 import json
@@ -173,7 +174,8 @@ def look_at(model, dataset, tracklets, config, device):
     for i in range(len(tracklets)):
         frames = frames_of[i][0]
         masks = [true_mask(dataset, path, config.size) for path in frames_of.paths(i)]
-        yield frames, model.sasgl.look(normalise(frames.to(device))), torch.stack(masks) if masks[0] is not None else None
+        masks = None if any(m is None for m in masks) else torch.stack(masks)
+        yield frames, model.sasgl.look(normalise(frames.to(device))), masks
 
 
 def silhouette_iou(model, dataset, config, device, tracklets=32):
@@ -184,9 +186,11 @@ def silhouette_iou(model, dataset, config, device, tracklets=32):
     some = [dataset.test[i] for i in np.unique(np.linspace(0, len(dataset.test) - 1, tracklets).astype(int))]
     ious = []
     for _, view, masks in look_at(model, dataset, some, config, device):
+        if masks is None:
+            continue
         seen = F.interpolate(view.silhouette[:, None], config.size, mode="bilinear", align_corners=False)[:, 0].cpu() >= 0.5
         ious.append((seen & masks).sum((1, 2)) / (seen | masks).sum((1, 2)).clamp(min=1))
-    return torch.cat(ious).mean().item()
+    return torch.cat(ious).mean().item() if ious else None
 
 
 def draw_silhouettes(path, model, dataset, config, device, each=2, height=128):
@@ -226,9 +230,9 @@ def write_atomic(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror or error}); what stood there before is untouched: free "
-                        "some space or choose another folder") from None
+    except (OSError, RuntimeError) as error:    # torch.save raises RuntimeError on a full disk
+        raise UserError(f"{path} cannot be written ({' '.join(str(error).split())[:120]}); what stood there before is untouched: "
+                        "free some space or choose another folder") from None
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -243,14 +247,17 @@ def read_checkpoint(path):
     path = os.path.join(path, "last.pt") if os.path.isdir(path) else path
     checkpoint = read_tensors(path)
     keys = {"model", "config", "classes", "method", "epoch"}
-    if not isinstance(checkpoint, dict) or not keys <= checkpoint.keys() or checkpoint["method"] not in METHODS:
+    if not isinstance(checkpoint, dict) or not keys <= checkpoint.keys():
         raise UserError(f"{path} is no checkpoint of train.py; expected a dict with {', '.join(sorted(keys))}; the authors' "
                         "files go by --official DIR")
+    if checkpoint["method"] not in METHODS:
+        raise UserError(f"{path} is a run of the method {checkpoint['method']!r}, not known here; expected one of "
+                        f"{', '.join(METHODS)}: start from the script that adds it")
     return checkpoint
 
 
 def load_run(path):
-    """A run's folder or checkpoint -> model in eval mode, its config."""
+    """A run's folder or checkpoint -> model in eval mode, its config, its method."""
     checkpoint = read_checkpoint(path)
     try:
         config = SimpleNamespace(**checkpoint["config"])
@@ -258,13 +265,15 @@ def load_run(path):
     except (TypeError, AttributeError) as error:
         raise UserError(f"{path} has no usable config ({error}); expected a checkpoint of this version of train.py") from None
     fill(model, checkpoint["model"], path)
-    return model.eval(), config
+    return model.eval(), config, checkpoint["method"]
 
 
 def choose_device(name):
     """"" (CUDA if there is one), cuda, cuda:1, cpu -> torch.device. Raises UserError if it cannot be used."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("not supported")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used ({str(error).splitlines()[0][:80]}); expected cuda, cuda:1, ... or cpu") from None
@@ -286,14 +295,16 @@ def main():
     args = parser.parse_args()
     if args.official and not args.data:
         parser.error("--official needs --data PATH")
+    for path in filter(None, (args.json, args.save)):    # before the work, not after
+        if not os.path.isdir(os.path.dirname(path) or "."):
+            raise UserError(f"no folder {os.path.dirname(path)} for {path}; make it first")
     start, device = time.time(), choose_device(args.device)
     if args.official:
         torch.backends.cudnn.allow_tf32 = False    # the authors' embeddings to float32's last digits
         method, model = "dinogrl", dinogrl.load_official(args.official)
         config = SimpleNamespace(data=args.data, size=(256, 128), frames=6, test_batch=16, workers=min(8, os.cpu_count()))
     else:
-        model, config = load_run(args.checkpoint)
-        method = read_checkpoint(args.checkpoint)["method"]
+        model, config, method = load_run(args.checkpoint)
     for name, least in (("test_batch", 1), ("workers", 0), ("frames", 1)):
         value = getattr(args, name)
         if value is not None and value < least:

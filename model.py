@@ -27,7 +27,7 @@ from torch import nn
 
 from data import UserError
 from pbmge import PBMGE
-from sasgl import SASGL, DinoVisionTransformer, DINOV2, fill, load_dinov2, read_tensors
+from sasgl import SASGL, DinoVisionTransformer, DINOV2, fill, load_dinov2, read_tensors, state_dict
 
 RESNET50_URL = "https://download.pytorch.org/models/resnet50-0676ba61.pth"    # ImageNet V1, as in the release
 
@@ -229,9 +229,7 @@ def load_resnet50(model, source):
                             "take --resnet-weights random (much worse)") from error
     else:
         tensors = read_tensors(source)
-    if not isinstance(tensors, dict):
-        raise UserError(f"{source} holds no dict of tensors; expected torchvision's resnet50 state dict")
-    tensors = {k: v for k, v in tensors.items() if not k.startswith("fc.")}
+    tensors = {k: v for k, v in state_dict(tensors, source).items() if not k.startswith("fc.")}
     stem = {k: v for k, v in tensors.items() if not k.startswith("layer")}
     stages = {k: v for k, v in tensors.items() if k.startswith("layer")}
     for module, part in [(model.visible_stem, stem), (model.infrared_stem, stem), (model.backbone, stages)] + (
@@ -242,9 +240,9 @@ def load_resnet50(model, source):
 def load_mask_branch(model, path):
     """BigGait's released mask branch (MaskBranch_vits14.pt, under the key `model`; its bn_t is not used)."""
     tensors = read_tensors(path)
-    if not isinstance(tensors, dict) or not isinstance(tensors.get("model"), dict):
+    if not isinstance(tensors, dict) or "model" not in tensors:
         raise UserError(f"{path} has no key `model`; expected BigGait's MaskBranch file; see README, Weights")
-    fill(model.sasgl.mask_branch, {k: v for k, v in tensors["model"].items() if not k.startswith("bn_t.")}, path)
+    fill(model.sasgl.mask_branch, {k: v for k, v in state_dict(tensors["model"], path).items() if not k.startswith("bn_t.")}, path)
 
 
 # The authors' files: (their prefix, ours). Longest first where one begins another.
@@ -279,10 +277,11 @@ def load_official(folder):
 
     The class count is the files' own. gcn_* tensors are ignored. Raises UserError that lists every other missing,
     surplus or misshapen tensor under the authors' name."""
-    files = {name: read_tensors(os.path.join(folder, name)) for name in OFFICIAL}
+    paths = {name: os.path.join(folder, name) for name in OFFICIAL}
+    files = {name: state_dict(read_tensors(path), path) for name, path in paths.items()}
     try:
         classes = files["best_model.pth"]["BNNecks.fc_bin"].shape[2]
-    except (KeyError, TypeError, AttributeError, IndexError):
+    except (KeyError, IndexError):
         raise UserError(f"{folder}/best_model.pth has no BNNecks.fc_bin (parts, dim, classes); expected the authors' "
                         "appearance file") from None
     dim, depth, heads, registers = DINOV2["dinov2_vits14"]

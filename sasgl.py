@@ -44,11 +44,16 @@ def read_tensors(path):
                         "it may be torn or of another kind: download or save it again") from error
 
 
+def state_dict(tensors, what):
+    """Its argument, if it is a dict of named tensors; else raises UserError."""
+    if not (isinstance(tensors, dict) and all(isinstance(k, str) and torch.is_tensor(t) for k, t in tensors.items())):
+        raise UserError(f"{what} holds no dict of named tensors; expected a state dict: is it the right file?")
+    return tensors
+
+
 def fill(module, tensors, what):
     """Loads a state dict strictly. Raises UserError that lists every missing, surplus or misshapen tensor."""
-    own = module.state_dict()
-    if not (isinstance(tensors, dict) and all(torch.is_tensor(t) for t in tensors.values())):
-        raise UserError(f"{what} holds no dict of tensors; expected {len(own)} tensors such as {next(iter(own))}")
+    own, tensors = module.state_dict(), state_dict(tensors, what)
     wrong = ([f"{k} is missing" for k in own if k not in tensors] + [f"{k} is surplus" for k in tensors if k not in own]
              + [f"{k} is {tuple(tensors[k].shape)}, expected {tuple(own[k].shape)}"
                 for k in own if k in tensors and tensors[k].shape != own[k].shape])
@@ -182,7 +187,7 @@ def load_dinov2(name, weights=None, pretrained=True):
         with torch.random.fork_rng(devices=[]):    # `tiny` is the same network in every run, as a pre-trained one would be
             torch.manual_seed(TINY_SEED)
             dinov2 = DinoVisionTransformer(dim=dim, depth=depth, heads=heads, registers=registers)
-        if weights:
+        if weights and pretrained:
             fill(dinov2, read_tensors(weights), f"{weights} (as {name})")
     else:
         try:

@@ -107,7 +107,7 @@ def on_off(word):
 
 
 def parse():
-    """The command line -> (Config, folder to resume or None, folder of the run)."""
+    """The command line -> Config, checkpoint to go on from or None, the run's folder or None, the resumed one or None."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, help="paper (default for a real benchmark) or small (default for walkers)")
@@ -124,25 +124,34 @@ def parse():
             parser.add_argument(name, type=kind, metavar=f.name[0].upper(), help=show)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args()).items()}
     preset, run, resume = (given.pop(k, None) for k in ("preset", "run", "resume"))
+    if given.get("data") == "" or (resume and preset):
+        parser.error("--data is empty; name a folder, or drop it for walkers" if not resume else
+                     "--preset cannot be changed on --resume; name the options to override")
     if resume:
         checkpoint = read_checkpoint(resume)
-        run = run or (resume if os.path.isdir(resume) else os.path.dirname(resume) or ".")
+        missing = {"optimizer", "scheduler", "scaler", "random"} - checkpoint.keys()
+        if missing:
+            raise UserError(f"{resume} can be evaluated but not resumed: it has no {', '.join(sorted(missing))}")
+        resume = resume if os.path.isdir(resume) else os.path.dirname(resume) or "."
         try:
-            return replace(Config(**checkpoint["config"]), **given), checkpoint, run
+            return replace(Config(**checkpoint["config"]), **given), checkpoint, run or resume, resume
         except TypeError as error:
             raise UserError(f"{resume} has another version's config ({error}); resume it with the code that wrote it") from None
     real = given.get("data") and not os.path.isfile(os.path.join(given["data"], "walkers.json"))
     preset = preset or ("paper" if real else "small")
-    return replace(Config(**PRESETS[preset]), **given), None, run
+    return replace(Config(**PRESETS[preset]), **given), None, run, None
 
 
 def check(config):
     """Raises UserError for a configuration that cannot work."""
     if config.method not in METHODS:
         raise UserError(f"--method {config.method} is not known; expected one of {', '.join(METHODS)}")
-    for name, least in dict(epochs=0, workers=0, mask_warmup=0, steps=1, identities=2, tracklets=1, frames=1, test_batch=1).items():
-        if getattr(config, name) < least:
+    for name, least in dict(epochs=0, workers=0, mask_warmup=0, evaluate_every=0, warmup_epochs=0, weight_decay=0, erase=0, seed=0,
+                            steps=1, identities=2, tracklets=1, frames=1, test_batch=1, width=1, dim=1, lr=1e-12, mask_lr=1e-12).items():
+        if not getattr(config, name) >= least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}; expected at least {least}")
+    if list(config.milestones) != sorted(config.milestones):
+        raise UserError(f"--milestones {config.milestones}; expected them in ascending order")
     if config.precision not in ("auto", "bfloat16", "float16", "float32"):
         raise UserError(f"--precision {config.precision}; expected auto, bfloat16, float16 or float32")
     for name, n in dict(size=2, dino_size=2, code_size=2, blocks=4, strides=4, gait_strides=4).items():
@@ -156,18 +165,25 @@ def check(config):
         raise UserError(f"--dino-size {config.dino_size}; expected multiples of 14, DINOv2's patch")
 
 
-def new_run(config, run, name):
-    """The folder of a new run; an existing run is never overwritten. Raises UserError if `run` holds one."""
+def run_folder(config, run, resume, name, first_epoch):
+    """-> the run's folder, made if need be, and the log's lines so far. Raises UserError if `run` holds anything of another
+    run: nothing is ever overwritten."""
     if run is None:
         stem = os.path.join("runs", f"{config.method}-{name.lower()}")
         run = next(r for r in (f"{stem}-{n}" for n in range(1, 10 ** 6)) if not os.path.exists(r))
-    elif os.path.exists(os.path.join(run, "last.pt")):
-        raise UserError(f"{run} holds a run already; choose another --run, or go on with it by --resume {run}")
+    log = []
     try:
         os.makedirs(run, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{run} cannot be made ({error.strerror}); choose another --run") from None
-    return run
+        if resume and os.path.samefile(run, resume):
+            path = os.path.join(run, "log.jsonl")
+            lines = open(path, encoding="utf-8").read().splitlines() if os.path.exists(path) else []
+            log = lines[:first_epoch]    # one an epoch; a run cut before its checkpoint has one too many
+        elif os.listdir(run):
+            raise UserError(f"{run} is not empty; choose another --run" + (f", or go on with it by --resume {run}" if
+                            os.path.exists(os.path.join(run, "last.pt")) else ""))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{run} cannot be used ({error}); choose another --run") from None
+    return run, log
 
 
 def rate(config):
@@ -210,7 +226,7 @@ def keep_memory():
 
 
 def main():
-    config, checkpoint, run = parse()
+    config, checkpoint, run, resume = parse()
     check(config)
     keep_memory()
     device = choose_device(config.device)
@@ -245,23 +261,20 @@ def main():
         fill(model, checkpoint["model"], f"{run} (with these options)")
         optimizer.load_state_dict(checkpoint["optimizer"])
         scheduler.load_state_dict(checkpoint["scheduler"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"] and scaler.is_enabled():
+            scaler.load_state_dict(checkpoint["scaler"])
         first_epoch = checkpoint["epoch"]
+        scheduler.base_lrs = [config.lr]    # the schedule's options may have been overridden
+        optimizer.param_groups[0].update(lr=config.lr * rate(config)(first_epoch), initial_lr=config.lr,
+                                         weight_decay=config.weight_decay)
         torch.set_rng_state(checkpoint["random"]["cpu"])
         if device.type == "cuda" and checkpoint["random"]["cuda"] is not None:
             torch.cuda.set_rng_state(checkpoint["random"]["cuda"], device)
-        os.makedirs(run, exist_ok=True)
-    else:
-        run = new_run(config, run, dataset.name)
-    log = os.path.join(run, "log.jsonl")
-    if os.path.exists(log):    # a run cut between log and checkpoint has a line too many
-        with open(log) as file:
-            kept = [line for line in file if line.endswith("}\n") and json.loads(line)["epoch"] <= first_epoch]
-        write_atomic(log, lambda file: file.write("".join(kept).encode()))
+    run, log = run_folder(config, run, resume, dataset.name, first_epoch)
     write_json(os.path.join(run, "config.json"), asdict(config))
     print(f"{config.method} on {dataset.name}: {len(dataset.classes)} training identities, {len(dataset.train):,} tracklets; "
           f"{sum(p.numel() for p in trained):,} parameters to train; {device}, {precision}; run {run}")
-    if checkpoint is None and config.gait and config.mask_warmup and not config.mask_branch:
+    if checkpoint is None and config.epochs and config.gait and config.mask_warmup and not config.mask_branch:
         model.train()
         warm_up_mask(model, loader, sampler, config, device)
 
@@ -292,14 +305,14 @@ def main():
                                         f"{run}: resume or begin again with a lower --lr or --precision float32")
                 bar.set_postfix_str(f"{(step + 1) * frames.shape[0] * frames.shape[1] / seconds:.0f} frames/s "
                                     + brief(means))
-            if epoch == first_epoch and step == 2 and device.type == "cpu" and dataset.name != "walkers":
-                bar.write(f"no CUDA here: about {seconds / 3 * config.steps / 3600:.1f} hours an epoch on this CPU")
+            if epoch == first_epoch and step == min(2, config.steps - 1) and device.type == "cpu" and dataset.name != "walkers":
+                bar.write(f"no CUDA here: about {seconds / (step + 1) * config.steps / 3600:.2g} hours an epoch on this CPU")
 
         # Log, save, evaluate
         line = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], **means, "seconds": round(time.time() - epoch_start, 1)}
         scheduler.step()
-        with open(log, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        log.append(json.dumps(line))
+        write_atomic(os.path.join(run, "log.jsonl"), lambda file: file.write("".join(f"{entry}\n" for entry in log).encode()))
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
                  "scaler": scaler.state_dict(), "epoch": epoch + 1, "config": asdict(config), "classes": dataset.classes,
                  "method": config.method,

@@ -48,6 +48,7 @@ def test_local_weights_file(name, tmp_path):
     assert not any(p.requires_grad for p in dinov2.parameters()) and not dinov2.training
     layers = dinov2.get_intermediate_layers(torch.randn(1, 3, 56, 28), n=[2, 5, 8, 11], norm=False)
     assert [tuple(x.shape) for x in layers] == [(1, 8, 384)] * 4    # CLS and registers dropped
+    assert load_dinov2(name, "/gone.pth", pretrained=False).embed_dim == dim    # a checkpoint will fill it: no file needed
     tensors.pop("blocks.3.ls1.gamma")
     torch.save(tensors, tmp_path / "torn.pth")
     with pytest.raises(UserError, match="blocks.3.ls1.gamma is missing"):

@@ -86,8 +86,29 @@ def test_two_epochs_are_one_and_one_resumed_bit_for_bit(trained, walkers, tmp_pa
     assert once_more.returncode == 0 and "raise --epochs" in once_more.stdout
 
 
-def test_a_run_is_never_overwritten(trained, walkers):
-    fails(run("train.py", "--data", walkers, "--run", trained[0], *TINY), "holds a run already", "--resume")
+def test_a_run_is_never_overwritten(trained, walkers, tmp_path):
+    fails(run("train.py", "--data", walkers, "--run", trained[0], *TINY), "not empty", "--resume")
+    (tmp_path / "notes.txt").write_text("mine")
+    fails(run("train.py", "--resume", trained[0], "--run", tmp_path, "--epochs", 2), "not empty")
+    fails(run("train.py", "--data", walkers, "--run", tmp_path / "notes.txt", *TINY), "notes.txt")
+
+
+def test_options_given_on_resume_override_the_run_s(trained, tmp_path):
+    result = run("train.py", "--resume", trained[0] / "last.pt", "--run", tmp_path / "other", "--epochs", 2, "--lr", 1e-5)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "other" / "log.jsonl").read_text().splitlines()[-1])["lr"] == pytest.approx(1e-5)
+    group = tensors_of(tmp_path / "other")["optimizer"]["param_groups"][0]
+    assert group["initial_lr"] == 1e-5
+    assert run("train.py", "--resume", trained[0], "--preset", "paper").returncode == 2
+    torch.save({k: v for k, v in tensors_of(trained[0]).items() if k != "optimizer"}, tmp_path / "light.pt")
+    fails(run("train.py", "--resume", tmp_path / "light.pt", "--epochs", 2), "no optimizer")
+
+
+def test_a_masks_folder_of_another_kind_gives_no_iou(walkers, tmp_path):
+    data = spoiled(walkers, tmp_path, lambda d: (shutil.rmtree(d / "masks"), (d / "masks").mkdir()))
+    result = run("train.py", "--data", data, "--run", tmp_path / "run", *TINY, "--epochs", 0)
+    assert result.returncode == 0 and "untrained" in result.stdout, result.stderr
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["silhouette_iou"] is None
 
 
 def test_evaluate_reproduces_the_run_and_saves_embeddings(trained, tmp_path):
@@ -114,6 +135,9 @@ def test_official_end_to_end(walkers, official_files, tmp_path):
         (tmp_path / name).symlink_to(official_files / name)
     (tmp_path / "best_shape.pth").write_bytes((official_files / "best_shape.pth").read_bytes()[:5000])
     fails(run("evaluate.py", "--official", tmp_path, "--data", walkers), "best_shape.pth")
+    torch.save([1, 2], tmp_path / "best_shape.pth")
+    fails(run("evaluate.py", "--official", tmp_path, "--data", walkers), "best_shape.pth", "no dict of named tensors")
+    fails(run("evaluate.py", "--official", official_files, "--data", walkers, "--json", tmp_path / "no" / "r.json"), "no folder")
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +267,8 @@ def test_no_network_for_the_hub(walkers, tmp_path):
 @pytest.mark.parametrize("options, words", [
     (["--identities", "99"], ["99", "4"]), (["--epochs", "-1"], ["--epochs"]), (["--precision", "half"], ["--precision"]),
     (["--method", "magic"], ["magic", "dinogrl"]), (["--device", "cuda:9"], ["cuda"]), (["--dinov2", "dinov3"], ["dinov3"]),
-    (["--size", "60", "30"], ["--size"]), (["--gait", "maybe"], []), (["--blocks", "1"], ["--blocks"])])
+    (["--size", "60", "30"], ["--size"]), (["--gait", "maybe"], []), (["--blocks", "1"], ["--blocks"]),
+    (["--lr", "-1"], ["--lr"]), (["--seed", "-1"], ["--seed"]), (["--milestones", "70", "40"], ["ascending"]), (["--data", ""], ["--data"])])
 def test_bad_options(options, words, walkers, tmp_path):
     result = run("train.py", "--data", walkers, "--run", tmp_path / "run", *TINY, *options)
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
