@@ -341,8 +341,10 @@ class IdentitySampler:
             keys = {VISIBLE: [], INFRARED: []}
             for p, identity in enumerate(rng.choice(len(self.pids), self.P, replace=False)):
                 for modality, indices in self.pids[identity].items():
-                    chosen = rng.permutation(indices)[:self.K]
-                    chosen = np.append(chosen, rng.choice(indices, self.K - len(chosen)))
+                    if len(indices) >= self.K:
+                        chosen = rng.choice(indices, self.K, replace=False)
+                    else:    # all of them, and some again
+                        chosen = np.append(rng.permutation(indices), rng.choice(indices, self.K - len(indices)))
                     seeds = rng.integers(2 ** 31, size=self.K)
                     if p % self.world == self.rank:
                         keys[modality] += [(int(i), int(s)) for i, s in zip(chosen, seeds)]
