@@ -100,6 +100,13 @@ def brief(means):
     return " ".join(f"{names.get(name, name)} {'/'.join(values)}" for name, values in groups.items())
 
 
+def written(value):
+    """A default as it would be typed."""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return {True: "on", False: "off", "": "none"}.get(value, value) if isinstance(value, (bool, str)) else value
+
+
 def on_off(word):
     if word not in ("on", "off"):
         raise argparse.ArgumentTypeError(f"{word!r}; expected on or off")
@@ -114,14 +121,14 @@ def parse():
     parser.add_argument("--run", metavar="DIR", help="the run's folder; default: a new one under runs/")
     parser.add_argument("--resume", metavar="RUN", help="a run's folder; other options given here override its own")
     for f in fields(Config):
-        name, kind = "--" + f.name.replace("_", "-"), type(f.default)
-        show = f"{f.metadata['help']} (paper: {f.default if f.default != '' else 'none'})"
+        name, kind, small = "--" + f.name.replace("_", "-"), type(f.default), PRESETS["small"].get(f.name, f.default)
+        show = f"{f.metadata['help']} ({written(f.default)}" + (f"; small: {written(small)})" if small != f.default else ")")
         if kind is bool:
             parser.add_argument(name, type=on_off, metavar="on|off", help=show)
         elif kind is tuple:
             parser.add_argument(name, type=int, nargs="*", metavar="N", help=show)
         else:
-            parser.add_argument(name, type=kind, metavar=f.name[0].upper(), help=show)
+            parser.add_argument(name, type=kind, metavar={int: "N", float: "X", str: "NAME"}[kind], help=show)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args()).items()}
     preset, run, resume = (given.pop(k, None) for k in ("preset", "run", "resume"))
     if given.get("data") == "" or (resume and preset):
