@@ -57,7 +57,7 @@ class Config:
     # data
     size: tuple = option((256, 128), "height and width of the frames; the height is cut into 16 strips after 16-fold reduction")
     erase: float = option(0.5, "probability of random erasing; lower it for short runs, which underfit")
-    workers: int = option(min(8, os.cpu_count() or 1), "loader processes; raise it if the GPU waits")
+    workers: int = option(min(8, os.cpu_count() or 1), "loader processes; raise it if the GPU waits, 0 where reading is nothing beside a CPU step")
     test_batch: int = option(32, "tracklets at a time in evaluation")
     evaluate_every: int = option(0, "epochs between evaluations; 0: after the last only (curves cost an embedding pass each)")
     # model
@@ -82,7 +82,7 @@ class Config:
 PRESETS = {"paper": {},
            # A laptop's CPU, minutes: a tiny ViT, thin one-block ResNets, small frames.
            "small": dict(epochs=6, steps=60, identities=8, tracklets=2, frames=4, warmup_epochs=0, milestones=(4, 5), lr=3e-3,
-                         size=(64, 32), workers=2, dinov2="tiny", resnet_weights="random", mask_warmup=60, erase=0.0, mask_lr=5e-2, dim=64, width=8,
+                         size=(64, 32), workers=0, dinov2="tiny", resnet_weights="random", mask_warmup=60, erase=0.0, mask_lr=5e-2, dim=64, width=8,
                          blocks=(1, 1, 1, 1), strides=(1, 1, 1, 1), gait_strides=(2, 1, 1, 1), dino_size=(336, 168),
                          code_size=(32, 16))}
 
