@@ -69,7 +69,8 @@ class Dataset:
     """train, test: lists of Tracklet. directions: {"infrared->visible": (query, gallery), ...}, indices into test.
 
     ignore_same_camera: a gallery tracklet with the query's pid and camera does not count. test_frames: "chunks" (first
-    of each of T chunks) or "linspace". missing: listed frames that are no files. problems: why it cannot be used. notes: what one should know."""
+    of each of T chunks) or "linspace". missing: listed frames that are no files. problems: why it cannot be used.
+    notes: what one should know."""
     name: str
     root: str
     train: list = field(default_factory=list)
@@ -102,10 +103,13 @@ BUPT_LISTS = "data_paths.json", "train.txt", "gallery.txt"
 HITSZ_NAME = re.compile(r"(\d{1,9})M([12])D(\d{1,9})T\d+F([^/\\]+)")    # the numbers may be padded or not: letters decide
 
 
+def is_walkers(path):
+    return os.path.isfile(os.path.join(path, "walkers.json"))
+
+
 def read_hitsz(root, info):
     """HITSZ-VCM. root: the folder given; info: where its txt files lie (they may lie in root itself)."""
-    name = "walkers" if os.path.isfile(os.path.join(root, "walkers.json")) else "HITSZ-VCM"
-    dataset = Dataset(name, root, ignore_same_camera=True)
+    dataset = Dataset("walkers" if is_walkers(root) else "HITSZ-VCM", root, ignore_same_camera=True)
     rows = {"train": [], "test": []}    # per row a Tracklet, or None where the row is wrong
     for split in rows:
         folder = os.path.join(root, split.capitalize())
@@ -302,16 +306,15 @@ class Frames(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.tracklets)
 
-    def paths(self, key):
+    def paths(self, index, seed=None):
         """The T frames that are drawn."""
-        index, seed = key if isinstance(key, tuple) else (key, None)
         frames = self.tracklets[index].frames
         rng = None if seed is None else np.random.default_rng(seed)
         return [frames[i] for i in frame_indices(len(frames), self.T, rng, self.rule)]
 
     def __getitem__(self, key):
-        index = key[0] if isinstance(key, tuple) else key
-        frames = torch.stack([read_frame(path, self.size) for path in self.paths(key)])
+        index, seed = key if isinstance(key, tuple) else (key, None)
+        frames = torch.stack([read_frame(path, self.size) for path in self.paths(index, seed)])
         return frames, int(self.tracklets[index].modality == INFRARED), index
 
 

@@ -148,11 +148,10 @@ def evaluate(model, dataset, config, device):
 
 def table(results):
     """Results -> the table as text, in per cent."""
-    lines = [f"{'':20}" + "".join(f"{k:>9}" for k in ("rank-1", "rank-5", "rank-10", "rank-20", "mAP", "mINP"))
-             + f"{'queries':>9}{'gallery':>9}"]
+    figures = "rank-1", "rank-5", "rank-10", "rank-20", "mAP", "mINP"
+    lines = [f"{'':20}" + "".join(f"{k:>9}" for k in (*figures, "queries", "gallery"))]
     for direction, r in results["directions"].items():
-        lines.append(f"{direction:20}" + "".join(f"{100 * r[k]:9.2f}" for k in ("rank-1", "rank-5", "rank-10", "rank-20", "mAP", "mINP"))
-                     + f"{r['queries']:9,}{r['gallery']:9,}")
+        lines.append(f"{direction:20}" + "".join(f"{100 * r[k]:9.2f}" for k in figures) + f"{r['queries']:9,}{r['gallery']:9,}")
     if results.get("silhouette_iou") is not None:
         lines.append(f"silhouette IoU against the true masks: {results['silhouette_iou']:.3f}")
     return "\n".join(lines)

@@ -27,7 +27,7 @@ from torch import nn
 
 from data import UserError
 from pbmge import PBMGE
-from sasgl import SASGL, DinoVisionTransformer, DINOV2, fill, load_dinov2, read_tensors, state_dict
+from sasgl import SASGL, fill, load_dinov2, misfits, read_tensors, state_dict
 
 RESNET50_URL = "https://download.pytorch.org/models/resnet50-0676ba61.pth"    # ImageNet V1, as in the release
 
@@ -267,9 +267,10 @@ OFFICIAL = {
         ("dinov2.gait_net.FCs.fc_bin", "gait_parts.weight"), ("dinov2.gait_net.BNNecks.fc_bin", "gait_head.weight"),
         ("dinov2.gait_net.BNNecks.bn1d.", "gait_head.bn.")]}
 # Tensors that the files hold and the released network never reads.
-UNUSED = ("share_encoder.GAP.p", "dinov2.gait_net.post_backbone.GAP.p",
-          *(f"dinov2.{branch}.bn_t.{k}" for branch in ("Mask_Branch", "Denoising_Branch")
-            for k in ("running_mean", "running_var", "num_batches_tracked")))
+UNUSED = {"best_model.pth": ["share_encoder.GAP.p"], "best_model2.pth": [],
+          "best_shape.pth": ["dinov2.gait_net.post_backbone.GAP.p",
+                             *(f"dinov2.{branch}.bn_t.{k}" for branch in ("Mask_Branch", "Denoising_Branch")
+                               for k in ("running_mean", "running_var", "num_batches_tracked"))]}
 
 
 def load_official(folder):
@@ -284,9 +285,7 @@ def load_official(folder):
     except (KeyError, IndexError):
         raise UserError(f"{folder}/best_model.pth has no BNNecks.fc_bin (parts, dim, classes); expected the authors' "
                         "appearance file") from None
-    dim, depth, heads, registers = DINOV2["dinov2_vits14"]
-    model = DinoGRL(classes=classes, dinov2=DinoVisionTransformer(dim=dim, depth=depth, heads=heads, registers=registers))
-    model.sasgl.dinov2.requires_grad_(False)
+    model = DinoGRL(classes=classes, dinov2=load_dinov2("dinov2_vits14", pretrained=False))
 
     own = model.state_dict()
     tensors, wrong = {}, []
@@ -297,11 +296,8 @@ def load_official(folder):
             if rule:
                 theirs[rule[0] + key[len(rule[1]):]] = key
         held = {k: v for k, v in files[name].items() if ".gcn_" not in k}
-        unused = [k for k in UNUSED if k.split(".")[0] in {t.split(".")[0] for t in theirs}]
-        wrong += [f"{name}: {k} is missing" for k in [*theirs, *unused] if k not in held]
-        wrong += [f"{name}: {k} is surplus" for k in held if k not in theirs and k not in unused]
-        wrong += [f"{name}: {k} is {tuple(held[k].shape)}, expected {tuple(own[t].shape)}"
-                  for k, t in theirs.items() if k in held and held[k].shape != own[t].shape]
+        shapes = {k: own[t].shape for k, t in theirs.items()} | dict.fromkeys(UNUSED[name])
+        wrong += [f"{name}: {misfit}" for misfit in misfits(held, shapes)]
         tensors.update({t: held.get(k) for k, t in theirs.items()})
     if wrong:
         raise UserError(f"{folder} does not fit the released DinoGRL: {'; '.join(wrong)}")

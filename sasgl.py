@@ -51,12 +51,16 @@ def state_dict(tensors, what):
     return tensors
 
 
+def misfits(tensors, shapes):
+    """What keeps a state dict from being {name: shape} (None: any shape), a line each."""
+    return ([f"{k} is missing" for k in shapes if k not in tensors] + [f"{k} is surplus" for k in tensors if k not in shapes]
+            + [f"{k} is {tuple(tensors[k].shape)}, expected {tuple(shape)}" for k, shape in shapes.items()
+               if k in tensors and shape is not None and tensors[k].shape != shape])
+
+
 def fill(module, tensors, what):
     """Loads a state dict strictly. Raises UserError that lists every missing, surplus or misshapen tensor."""
-    own, tensors = module.state_dict(), state_dict(tensors, what)
-    wrong = ([f"{k} is missing" for k in own if k not in tensors] + [f"{k} is surplus" for k in tensors if k not in own]
-             + [f"{k} is {tuple(tensors[k].shape)}, expected {tuple(own[k].shape)}"
-                for k in own if k in tensors and tensors[k].shape != own[k].shape])
+    wrong = misfits(state_dict(tensors, what), {k: t.shape for k, t in module.state_dict().items()})
     if wrong:
         raise UserError(f"{what} does not fit: {'; '.join(wrong)}")
     module.load_state_dict(tensors)

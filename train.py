@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 import walkers
-from data import Frames, IdentitySampler, UserError, augment, cli, load_dataset
+from data import Frames, IdentitySampler, UserError, augment, cli, is_walkers, load_dataset
 from evaluate import METHODS, choose_device, draw_silhouettes, evaluate, read_checkpoint, table, write_atomic, write_json
 from sasgl import fill
 
@@ -115,8 +115,7 @@ def on_off(word):
 
 def parse():
     """The command line -> Config, checkpoint to go on from or None, the run's folder or None, the resumed one or None."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS)
     parser.add_argument("--preset", choices=PRESETS, help="paper (default for a real benchmark) or small (default for walkers)")
     parser.add_argument("--run", metavar="DIR", help="the run's folder; default: a new one under runs/")
     parser.add_argument("--resume", metavar="RUN", help="a run's folder; other options given here override its own")
@@ -131,9 +130,10 @@ def parse():
             parser.add_argument(name, type=kind, metavar={int: "N", float: "X", str: "NAME"}[kind], help=show)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args()).items()}
     preset, run, resume = (given.pop(k, None) for k in ("preset", "run", "resume"))
-    if given.get("data") == "" or (resume and preset):
-        parser.error("--data is empty; name a folder, or drop it for walkers" if not resume else
-                     "--preset cannot be changed on --resume; name the options to override")
+    if given.get("data") == "":
+        parser.error("--data is empty; name a folder, or drop it for walkers")
+    if resume and preset:
+        parser.error("--preset cannot be changed on --resume; name the options to override")
     if resume:
         checkpoint = read_checkpoint(resume)
         missing = {"optimizer", "scheduler", "scaler", "random"} - checkpoint.keys()
@@ -144,7 +144,7 @@ def parse():
             return replace(Config(**checkpoint["config"]), **given), checkpoint, run or resume, resume
         except TypeError as error:
             raise UserError(f"{resume} has another version's config ({error}); resume it with the code that wrote it") from None
-    real = given.get("data") and not os.path.isfile(os.path.join(given["data"], "walkers.json"))
+    real = "data" in given and not is_walkers(given["data"])
     preset = preset or ("paper" if real else "small")
     return replace(Config(**PRESETS[preset]), **given), None, run, None
 
