@@ -53,6 +53,11 @@ def cli(main):
         sys.exit(130)
 
 
+def option(default, help, least=None):
+    """A dataclass field that becomes a command-line option. least: the smallest value that can work."""
+    return field(default=default, metadata={"help": help, "least": least})
+
+
 # --------------------------------------------------------------- datasets ----
 
 @dataclass(frozen=True)

@@ -27,11 +27,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+import lsmrl
 import model as dinogrl
 from data import INFRARED, VISIBLE, Frames, UserError, cli, load_dataset, normalise, read_frame
 from sasgl import choose_body, fill, read_tensors
 
-METHODS = {"dinogrl": dinogrl.build}    # method: build(config, classes, pretrained) -> model
+# method: (build(config, classes, pretrained) -> model, its options)
+METHODS = {"dinogrl": (dinogrl.build, dinogrl.Options), "lsmrl": (lsmrl.build, lsmrl.Options)}
 
 
 # ------------------------------------------------------------ distances, ranks ----
@@ -260,7 +262,7 @@ def load_run(path):
     checkpoint = read_checkpoint(path)
     try:
         config = SimpleNamespace(**checkpoint["config"])
-        model = METHODS[checkpoint["method"]](config, len(checkpoint["classes"]), pretrained=False)
+        model = METHODS[checkpoint["method"]][0](config, len(checkpoint["classes"]), pretrained=False)
     except (TypeError, AttributeError) as error:
         raise UserError(f"{path} has no usable config ({error}); expected a checkpoint of this version of train.py") from None
     fill(model, checkpoint["model"], path)

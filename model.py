@@ -19,13 +19,15 @@ were trained so. With one, the released checkpoints would give other embeddings.
 Ours, not the paper's: thinner and shallower ResNets for the offline demo (`width`, `blocks`, `strides`); triplets are
 taken for any number of tracklets per identity; ablations (`gait`, `pbmge` off) as switches.
 """
+import math
 import os
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import UserError
+from data import UserError, option
 from pbmge import PBMGE
 from sasgl import SASGL, fill, load_dinov2, misfits, read_tensors, state_dict
 
@@ -150,6 +152,7 @@ class DinoGRL(nn.Module):
         super().__init__()
         parts = sum(strips) + (len(strips) - 1 if gait and pbmge else 0)    # 35 = 31 + 4 refined
         self.classes = classes
+        self.warm_up_stage = None    # (module, steps, learning rate): trained alone before the rest, on the losses of warm_up()
         self.visible_stem, self.infrared_stem = Stem(width), Stem(width)
         self.backbone = Stages(width=width, blocks=blocks, strides=strides)
         self.appearance_parts = Parts(channels=32 * width, dim=dim, strips=strips)
@@ -199,11 +202,54 @@ class DinoGRL(nn.Module):
         """frames (B, T, 3, H, W) -> the mask bottleneck's losses alone, for the steps before the rest may use it."""
         return self.sasgl.mask_losses(self.sasgl.features(frames.flatten(0, 1))[0])[1]
 
+    def parameter_groups(self):
+        """-> groups for the optimizer, each with its factor on the learning rate."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad], "factor": 1}]
+
+
+# --------------------------------------------------------- configuration ----
+
+@dataclass
+class Options:
+    """DinoGRL's own choices, beside those that every method has (train.Config)."""
+    gait: bool = option(True, "off removes SASGL and the gait stream: the appearance baseline")
+    pbmge: bool = option(True, "off removes the fusion: two independent streams")
+    dinov2: str = option("dinov2_vits14", "dinov2_vits14, _vitb14, _vitl14 (each also with _reg), or tiny: random, offline")
+    dinov2_weights: str = option("", "local file of the official DINOv2 tensors, instead of torch.hub")
+    resnet_weights: str = option("imagenet", "imagenet (downloaded once), a file of torchvision's resnet50, or random")
+    mask_branch: str = option("", "BigGait's MaskBranch_vits14.pt; without it the mask bottleneck is warmed up first")
+    mask_warmup: int = option(500, "steps for the mask bottleneck alone where no --mask-branch is given; more if silhouettes "
+                                   "come out as blocks of background", 0)
+    mask_lr: float = option(1e-2, "Adam's rate in that warm-up, falling linearly to 0", 1e-12)
+    dim: int = option(256, "channels D of a part", 1)
+    width: int = option(64, "channels of the ResNets' stem; 64 is ResNet-50, and the only one ImageNet weights fit", 1)
+    blocks: tuple = option((3, 4, 6, 3), "blocks of layer1..layer4", 1)
+    strides: tuple = option((1, 2, 2, 1), "strides of layer1..layer4; last stride 1 keeps 16 rows for 16 strips", 1)
+    gait_strides: tuple = option((1, 2, 2, 1), "the same for the gait net, which starts at code_size", 1)
+    dino_size: tuple = option((448, 224), "what DINOv2 sees, multiples of 14; smaller is faster and blurs the silhouettes", 1)
+    code_size: tuple = option((64, 32), "height and width of silhouettes and codes", 1)
+
+    # A laptop's CPU, minutes: a tiny ViT, thin one-block ResNets, small frames.
+    small = dict(epochs=6, steps=60, identities=8, tracklets=2, frames=4, warmup_epochs=0, milestones=(4, 5), lr=3e-3,
+                 size=(64, 32), workers=0, dinov2="tiny", resnet_weights="random", mask_warmup=60, erase=0.0, mask_lr=5e-2,
+                 dim=64, width=8, blocks=(1, 1, 1, 1), strides=(1, 1, 1, 1), gait_strides=(2, 1, 1, 1), dino_size=(336, 168),
+                 code_size=(32, 16))
+
+    def check(self):
+        """Raises UserError for a configuration that cannot work."""
+        for name, height, strides in (("size", self.size[0] / 4, "strides"), ("code-size", self.code_size[0], "gait_strides")):
+            rows = height / math.prod(getattr(self, strides))
+            if rows % 16 and (self.gait or name == "size"):
+                raise UserError(f"--{name} and --{strides.replace('_', '-')} leave maps of {rows:g} rows; expected a multiple of the 16 strips")
+        if self.gait and (self.dino_size[0] % 14 or self.dino_size[1] % 14):
+            raise UserError(f"--dino-size {self.dino_size}; expected multiples of 14, DINOv2's patch")
+
 
 # ---------------------------------------------------------------- weights ----
 
 def build(config, classes, pretrained=True, cls=DinoGRL):
-    """A DinoGRL (or a subclass: cls) as the configuration (train.Config) says. pretrained=False: random, to be filled."""
+    """A DinoGRL (or a subclass: cls) as the configuration (train.Config with Options) says. pretrained=False: random, to be
+    filled."""
     dinov2 = load_dinov2(config.dinov2, config.dinov2_weights, pretrained) if config.gait else None
     model = cls(classes=classes, dinov2=dinov2, dim=config.dim, width=config.width, blocks=config.blocks,
                 strides=config.strides, gait_strides=config.gait_strides, dino_size=config.dino_size,
@@ -212,6 +258,8 @@ def build(config, classes, pretrained=True, cls=DinoGRL):
         load_resnet50(model, config.resnet_weights)
     if pretrained and config.mask_branch and config.gait:
         load_mask_branch(model, config.mask_branch)
+    elif config.gait and config.mask_warmup:
+        model.warm_up_stage = (model.sasgl.mask_branch, config.mask_warmup, config.mask_lr)
     return model
 
 

@@ -19,72 +19,53 @@ import json
 import math
 import os
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import walkers
-from data import Frames, IdentitySampler, UserError, augment, cli, is_walkers, load_dataset
+from data import Frames, IdentitySampler, UserError, augment, cli, is_walkers, load_dataset, option
 from evaluate import METHODS, choose_device, draw_silhouettes, evaluate, read_checkpoint, table, write_atomic, write_json
 from sasgl import fill
 
 
-def option(default, help):
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass
 class Config:
-    """Every choice of a run. The defaults are `--preset paper`; PRESETS holds what `small` changes."""
+    """Every choice of a run that is not the method's own. A method adds its Options, which may change a default here. The defaults
+    are `--preset paper`; Options.small holds what `--preset small` changes."""
     data: str = option("", "HITSZ-VCM or BUPTCampus folder; without it walkers are made under runs/ and learned")
     auxiliary: bool = option(False, "BUPTCampus: train on its auxiliary set too; about twice the identities")
-    method: str = option("dinogrl", "which method to train")
-    seed: int = option(1, "for weights, sampling and augmentation; report the spread of at least 3")
+    method: str = option("dinogrl", "which method to train: dinogrl or lsmrl; with --help it lists that method's options")
+    seed: int = option(1, "for weights, sampling and augmentation; report the spread of at least 3", 0)
     device: str = option("", "cuda, cuda:1, cpu; default: cuda if there is one")
     # schedule
-    epochs: int = option(80, "nothing moves much ten epochs after the last milestone; 0 evaluates the untrained model")
-    steps: int = option(200, "steps per epoch")
-    identities: int = option(4, "identities per step; halve it before anything else if memory runs out")
-    tracklets: int = option(4, "tracklets per identity and modality in a step; fewer than 2 starves the triplet loss")
-    frames: int = option(6, "frames per tracklet; more helps gait a little and costs in proportion")
-    lr: float = option(3.5e-4, "Adam's learning rate; scale it with the identities per step")
-    weight_decay: float = option(5e-4, "Adam's weight decay, on every parameter as in the release")
-    warmup_epochs: int = option(10, "linear warm-up from 0.01 of the rate; shorten it only for smaller networks")
+    epochs: int = option(80, "nothing moves much ten epochs after the last milestone; 0 evaluates the untrained model", 0)
+    steps: int = option(200, "steps per epoch", 1)
+    identities: int = option(4, "identities per step; halve it before anything else if memory runs out", 2)
+    tracklets: int = option(4, "tracklets per identity and modality in a step; fewer than 2 starves the triplet loss", 1)
+    frames: int = option(6, "frames per tracklet; more helps a little and costs in proportion", 1)
+    optimizer: str = option("Adam", "Adam, or AdamW: decoupled weight decay")
+    lr: float = option(3.5e-4, "learning rate; scale it with the identities per step", 1e-12)
+    weight_decay: float = option(5e-4, "weight decay, on every parameter as in the release", 0)
+    warmup_epochs: int = option(10, "linear warm-up from 0.01 of the rate; shorten it only for smaller networks", 0)
     milestones: tuple = option((40, 70), "epochs at which the rate falls tenfold")
+    cosine: bool = option(False, "instead of milestones the rate follows a cosine to 0.01 after the warm-up")
     precision: str = option("auto", "auto, bfloat16, float16 (with loss scaling), float32; auto: bfloat16 on CUDA, else float32")
     # data
-    size: tuple = option((256, 128), "height and width of the frames; the height is cut into 16 strips after 16-fold reduction")
-    erase: float = option(0.5, "probability of random erasing; lower it for short runs, which underfit")
-    workers: int = option(min(8, os.cpu_count() or 1), "loader processes; raise it if the GPU waits, 0 where reading is nothing beside a CPU step")
-    test_batch: int = option(32, "tracklets at a time in evaluation")
-    evaluate_every: int = option(0, "epochs between evaluations; 0: after the last only (curves cost an embedding pass each)")
-    # model
-    gait: bool = option(True, "off removes SASGL and the gait stream: the appearance baseline")
-    pbmge: bool = option(True, "off removes the fusion: two independent streams")
-    dinov2: str = option("dinov2_vits14", "dinov2_vits14, _vitb14, _vitl14 (each also with _reg), or tiny: random, offline")
-    dinov2_weights: str = option("", "local file of the official DINOv2 tensors, instead of torch.hub")
-    resnet_weights: str = option("imagenet", "imagenet (downloaded once), a file of torchvision's resnet50, or random")
-    mask_branch: str = option("", "BigGait's MaskBranch_vits14.pt; without it the mask bottleneck is warmed up first")
-    mask_warmup: int = option(500, "steps for the mask bottleneck alone where no --mask-branch is given; more if silhouettes "
-                                   "come out as blocks of background")
-    mask_lr: float = option(1e-2, "Adam's rate in that warm-up, falling linearly to 0")
-    dim: int = option(256, "channels D of a part")
-    width: int = option(64, "channels of the ResNets' stem; 64 is ResNet-50, and the only one ImageNet weights fit")
-    blocks: tuple = option((3, 4, 6, 3), "blocks of layer1..layer4")
-    strides: tuple = option((1, 2, 2, 1), "strides of layer1..layer4; last stride 1 keeps 16 rows for 16 strips")
-    gait_strides: tuple = option((1, 2, 2, 1), "the same for the gait net, which starts at code_size")
-    dino_size: tuple = option((448, 224), "what DINOv2 sees, multiples of 14; smaller is faster and blurs the silhouettes")
-    code_size: tuple = option((64, 32), "height and width of silhouettes and codes")
+    size: tuple = option((256, 128), "height and width of the frames; the height is cut into 16 strips after 16-fold reduction", 1)
+    erase: float = option(0.5, "probability of random erasing; lower it for short runs, which underfit", 0)
+    workers: int = option(min(8, os.cpu_count() or 1), "loader processes; raise it if the GPU waits, 0 where reading is nothing beside a CPU step", 0)
+    test_batch: int = option(32, "tracklets at a time in evaluation", 1)
+    evaluate_every: int = option(0, "epochs between evaluations; 0: after the last only (curves cost an embedding pass each)", 0)
 
 
-PRESETS = {"paper": {},
-           # A laptop's CPU, minutes: a tiny ViT, thin one-block ResNets, small frames.
-           "small": dict(epochs=6, steps=60, identities=8, tracklets=2, frames=4, warmup_epochs=0, milestones=(4, 5), lr=3e-3,
-                         size=(64, 32), workers=0, dinov2="tiny", resnet_weights="random", mask_warmup=60, erase=0.0, mask_lr=5e-2, dim=64, width=8,
-                         blocks=(1, 1, 1, 1), strides=(1, 1, 1, 1), gait_strides=(2, 1, 1, 1), dino_size=(336, 168),
-                         code_size=(32, 16))}
+def config_of(method):
+    """The dataclass of a method's whole configuration: Config with the method's Options."""
+    if method not in METHODS:
+        raise UserError(f"--method {method} is not known; expected one of {', '.join(METHODS)}")
+    return make_dataclass("Config", [], bases=(METHODS[method][1], Config))
 
 
 BAR = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
@@ -96,7 +77,7 @@ def brief(means):
     groups = {}
     for name, value in means.items():
         groups.setdefault(name.split("_")[0], []).append(f"{value:.2g}")
-    names = {"identity": "id", "triplet": "tri", "accuracy": "acc", "diversity": "div"}
+    names = {"identity": "id", "triplet": "tri", "accuracy": "acc", "diversity": "div", "contrast": "con", "consistency": "cons"}
     return " ".join(f"{names.get(name, name)} {'/'.join(values)}" for name, values in groups.items())
 
 
@@ -114,13 +95,22 @@ def on_off(word):
 
 
 def parse():
-    """The command line -> Config, checkpoint to go on from or None, the run's folder or None, the resumed one or None."""
+    """The command line -> the method's Config, checkpoint to go on from or None, the run's folder or None, the resumed one or None."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)    # which method decides which options there are
+    first.add_argument("--method")
+    first.add_argument("--resume")
+    first, _ = first.parse_known_args()
+    checkpoint = read_checkpoint(first.resume) if first.resume else None
+    method = checkpoint["method"] if checkpoint else first.method or Config.method
+    if first.method not in (None, method):
+        raise UserError(f"--method {first.method} cannot resume a run of {method}; drop it, or begin a new run")
+    kind_of_config = config_of(method)
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS)
-    parser.add_argument("--preset", choices=PRESETS, help="paper (default for a real benchmark) or small (default for walkers)")
+    parser.add_argument("--preset", choices=("paper", "small"), help="paper (default for a real benchmark) or small (default for walkers)")
     parser.add_argument("--run", metavar="DIR", help="the run's folder; default: a new one under runs/")
     parser.add_argument("--resume", metavar="RUN", help="a run's folder; other options given here override its own")
-    for f in fields(Config):
-        name, kind, small = "--" + f.name.replace("_", "-"), type(f.default), PRESETS["small"].get(f.name, f.default)
+    for f in fields(kind_of_config):
+        name, kind, small = "--" + f.name.replace("_", "-"), type(f.default), kind_of_config.small.get(f.name, f.default)
         show = f"{f.metadata['help']} ({written(f.default)}" + (f"; small: {written(small)})" if small != f.default else ")")
         if kind is bool:
             parser.add_argument(name, type=on_off, metavar="on|off", help=show)
@@ -135,41 +125,34 @@ def parse():
     if resume and preset:
         parser.error("--preset cannot be changed on --resume; name the options to override")
     if resume:
-        checkpoint = read_checkpoint(resume)
         missing = {"optimizer", "scheduler", "scaler", "random"} - checkpoint.keys()
         if missing:
             raise UserError(f"{resume} can be evaluated but not resumed: it has no {', '.join(sorted(missing))}")
         resume = resume if os.path.isdir(resume) else os.path.dirname(resume) or "."
         try:
-            return replace(Config(**checkpoint["config"]), **given), checkpoint, run or resume, resume
+            return replace(kind_of_config(**checkpoint["config"]), **given), checkpoint, run or resume, resume
         except TypeError as error:
             raise UserError(f"{resume} has another version's config ({error}); resume it with the code that wrote it") from None
     real = "data" in given and not is_walkers(given["data"])
-    preset = preset or ("paper" if real else "small")
-    return replace(Config(**PRESETS[preset]), **given), None, run, None
+    preset = kind_of_config.small if (preset or ("paper" if real else "small")) == "small" else {}
+    return kind_of_config(**{**preset, **given, "method": method}), None, run, None
 
 
 def check(config):
     """Raises UserError for a configuration that cannot work."""
-    if config.method not in METHODS:
-        raise UserError(f"--method {config.method} is not known; expected one of {', '.join(METHODS)}")
-    for name, least in dict(epochs=0, workers=0, mask_warmup=0, evaluate_every=0, warmup_epochs=0, weight_decay=0, erase=0, seed=0,
-                            steps=1, identities=2, tracklets=1, frames=1, test_batch=1, width=1, dim=1, lr=1e-12, mask_lr=1e-12).items():
-        if not getattr(config, name) >= least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}; expected at least {least}")
+    for f in fields(config):
+        value, least = getattr(config, f.name), f.metadata["least"]
+        several = value if isinstance(value, tuple) else (value,)
+        if isinstance(value, tuple) and least is not None and len(value) != len(f.default):
+            raise UserError(f"--{f.name.replace('_', '-')} {written(value)}; expected {len(f.default)} numbers")
+        if least is not None and not all(v >= least for v in several):
+            raise UserError(f"--{f.name.replace('_', '-')} {written(value)}; expected at least {least}")
     if list(config.milestones) != sorted(config.milestones):
-        raise UserError(f"--milestones {config.milestones}; expected them in ascending order")
-    if config.precision not in ("auto", "bfloat16", "float16", "float32"):
-        raise UserError(f"--precision {config.precision}; expected auto, bfloat16, float16 or float32")
-    for name, n in dict(size=2, dino_size=2, code_size=2, blocks=4, strides=4, gait_strides=4).items():
-        if len(getattr(config, name)) != n or min(getattr(config, name)) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}; expected {n} positive numbers")
-    for name, height, strides in (("size", config.size[0] / 4, "strides"), ("code-size", config.code_size[0], "gait_strides")):
-        rows = height / math.prod(getattr(config, strides))
-        if rows % 16 and (config.gait or name == "size"):
-            raise UserError(f"--{name} and --{strides.replace('_', '-')} leave maps of {rows:g} rows; expected a multiple of the 16 strips")
-    if config.gait and (config.dino_size[0] % 14 or config.dino_size[1] % 14):
-        raise UserError(f"--dino-size {config.dino_size}; expected multiples of 14, DINOv2's patch")
+        raise UserError(f"--milestones {written(config.milestones)}; expected them in ascending order")
+    for name, known in (("precision", ("auto", "bfloat16", "float16", "float32")), ("optimizer", ("Adam", "AdamW"))):
+        if getattr(config, name) not in known:
+            raise UserError(f"--{name} {getattr(config, name)}; expected one of {', '.join(known)}")
+    config.check()
 
 
 def run_folder(config, run, resume, name, first_epoch):
@@ -194,19 +177,24 @@ def run_folder(config, run, resume, name, first_epoch):
 
 
 def rate(config):
-    """Epoch -> factor of the learning rate: linear warm-up from 0.01, then x0.1 at each milestone."""
+    """Epoch -> factor of the learning rate: linear warm-up from 0.01, then x0.1 at each milestone, or a cosine to 0.01."""
     def factor(epoch):
-        warm = min(1.0, epoch / config.warmup_epochs) if config.warmup_epochs else 1.0
-        return (0.01 + 0.99 * warm) * 0.1 ** bisect.bisect_right(config.milestones, epoch)
+        if epoch < config.warmup_epochs:
+            return 0.01 + 0.99 * epoch / config.warmup_epochs
+        if config.cosine:
+            past = min(1.0, (epoch - config.warmup_epochs) / max(1, config.epochs - config.warmup_epochs))
+            return 0.01 + 0.99 * (1 + math.cos(math.pi * past)) / 2
+        return 0.1 ** bisect.bisect_right(config.milestones, epoch)
     return factor
 
 
-def warm_up_mask(model, loader, sampler, config, device):
-    """Trains the mask bottleneck alone for a few steps, so that the rest never sees untrained silhouettes. [ours]"""
-    optimizer = torch.optim.Adam(model.sasgl.mask_branch.parameters(), lr=config.mask_lr)
-    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, config.mask_warmup)
-    step, bar = 0, tqdm(total=config.mask_warmup, desc="mask warm-up", bar_format=BAR)
-    while step < config.mask_warmup:
+def warm_up(model, loader, sampler, config, device):
+    """Trains the module of model.warm_up_stage alone for a few steps, so that the rest never sees it untrained. [ours]"""
+    module, steps, lr = model.warm_up_stage
+    optimizer = torch.optim.Adam(module.parameters(), lr=lr)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
+    step, bar = 0, tqdm(total=steps, desc="warm-up", bar_format=BAR)
+    while step < steps:
         sampler.epoch = 10 ** 6 + step    # batches of their own, which no epoch repeats
         for frames, modality, index in loader:
             losses = model.warm_up(augment(frames.to(device), modality, np.random.default_rng([config.seed, step]), config.erase))
@@ -217,7 +205,7 @@ def warm_up_mask(model, loader, sampler, config, device):
             bar.set_postfix_str(brief({name: value.item() for name, value in losses.items()}))
             bar.update()
             step += 1
-            if step == config.mask_warmup:
+            if step == steps:
                 break
     bar.close()
 
@@ -255,9 +243,11 @@ def main():
 
     # Model, optimizer
     torch.manual_seed(config.seed)
-    model = METHODS[config.method](config, len(dataset.classes), pretrained=checkpoint is None).to(device)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=config.lr, weight_decay=config.weight_decay)
+    model = METHODS[config.method][0](config, len(dataset.classes), pretrained=checkpoint is None).to(device)
+    groups = model.parameter_groups()
+    rates = [config.lr * group.pop("factor") for group in groups]
+    optimizer = getattr(torch.optim, config.optimizer)([{**group, "lr": lr} for group, lr in zip(groups, rates)],
+                                                       weight_decay=config.weight_decay)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate(config))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
     first_epoch = 0
@@ -271,19 +261,19 @@ def main():
         if checkpoint["scaler"] and scaler.is_enabled():
             scaler.load_state_dict(checkpoint["scaler"])
         first_epoch = checkpoint["epoch"]
-        scheduler.base_lrs = [config.lr]    # the schedule's options may have been overridden
-        optimizer.param_groups[0].update(lr=config.lr * rate(config)(first_epoch), initial_lr=config.lr,
-                                         weight_decay=config.weight_decay)
+        scheduler.base_lrs = rates    # the schedule's options may have been overridden
+        for group, lr in zip(optimizer.param_groups, rates):
+            group.update(lr=lr * rate(config)(first_epoch), initial_lr=lr, weight_decay=config.weight_decay)
         torch.set_rng_state(checkpoint["random"]["cpu"])
         if device.type == "cuda" and checkpoint["random"]["cuda"] is not None:
             torch.cuda.set_rng_state(checkpoint["random"]["cuda"], device)
     run, log = run_folder(config, run, resume, dataset.name, first_epoch)
     write_json(os.path.join(run, "config.json"), asdict(config))
     print(f"{config.method} on {dataset.name}: {len(dataset.classes)} training identities, {len(dataset.train):,} tracklets; "
-          f"{sum(p.numel() for p in trained):,} parameters to train; {device}, {precision}; run {run}")
-    if checkpoint is None and config.epochs and config.gait and config.mask_warmup and not config.mask_branch:
+          f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters to train; {device}, {precision}; run {run}")
+    if checkpoint is None and config.epochs and model.warm_up_stage:
         model.train()
-        warm_up_mask(model, loader, sampler, config, device)
+        warm_up(model, loader, sampler, config, device)
 
     for epoch in range(first_epoch, config.epochs):
         model.train()
@@ -337,9 +327,10 @@ def report(model, dataset, config, device, run, start):
     results, _ = evaluate(model, dataset, config, device)
     results = {"method": config.method, "dataset": dataset.name, **results, "seconds": round(time.time() - start, 1)}
     write_json(os.path.join(run, "results.json"), results)
-    if config.gait:
+    silhouettes = getattr(model, "sasgl", None) is not None
+    if silhouettes:
         draw_silhouettes(os.path.join(run, "silhouettes.png"), model, dataset, config, device)
-    print(f"\n{table(results)}\nEverything is in {run}{os.sep}" + ("; silhouettes.png shows what the model sees" if config.gait else ""))
+    print(f"\n{table(results)}\nEverything is in {run}{os.sep}" + ("; silhouettes.png shows what the model sees" if silhouettes else ""))
 
 
 if __name__ == "__main__":

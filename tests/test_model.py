@@ -8,7 +8,7 @@ from data import UserError
 from golden import formula, official_keys
 from model import (DinoGRL, Parts, Stages, build, load_mask_branch, load_official, load_resnet50, triplet_loss)
 from sasgl import load_dinov2
-from train import PRESETS, Config
+from train import config_of
 
 SMALL = dict(width=8, blocks=(1, 1, 1, 1), strides=(1, 1, 1, 1), gait_strides=(1, 1, 1, 1), dim=16, dino_size=(224, 112),
              code_size=(16, 8))
@@ -158,7 +158,7 @@ def test_official_files_other_class_counts_and_every_wrong_key_listed(official_f
 
 def test_paper_preset_is_resnet50_and_70_parts_of_256():
     with torch.device("meta"):
-        model = build(Config(), 500, pretrained=False)
+        model = build(config_of("dinogrl")(), 500, pretrained=False)
     assert model.gait_head.weight.shape == model.appearance_head.weight.shape == (35, 256, 500)
     assert sum(p.numel() for p in model.backbone.parameters()) + 9408 + 128 + 2048 * 1000 + 1000 == 25_557_032    # torchvision's
-    assert PRESETS["paper"] == {} and Config().dinov2 == "dinov2_vits14"
+    assert config_of("dinogrl")().dinov2 == "dinov2_vits14"
