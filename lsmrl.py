@@ -48,7 +48,7 @@ from sasgl import fill, read_tensors, state_dict
 PROMPT = (49406, 320, 1125, 539, 320, 343, 343, 343, 343, 2533, 269, 49407)
 SLOTS = slice(5, 9)    # the four X
 CLIP_MODELS = {"ViT-B-16": dict(patch=16, grid=14, width=768, depth=12, heads=12, text_width=512, text_depth=12, text_heads=8, dim=512),
-               "tiny": dict(patch=8, grid=8, width=96, depth=6, heads=3, text_width=32, text_depth=2, text_heads=1, dim=64)}
+               "tiny": dict(patch=8, grid=8, width=64, depth=4, heads=2, text_width=32, text_depth=2, text_heads=1, dim=64)}
 CLIP_SHA256 = "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"
 CLIP_URL = f"https://openaipublic.azureedge.net/clip/models/{CLIP_SHA256}/ViT-B-16.pt"
 
@@ -80,8 +80,7 @@ class Mlp(nn.Module):
         self.c_fc, self.c_proj = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
 
     def forward(self, x):
-        x = self.c_fc(x)
-        return self.c_proj(x * torch.sigmoid(1.702 * x))    # QuickGELU
+        return self.c_proj(F.silu(1.702 * self.c_fc(x)) / 1.702)    # QuickGELU, x * sigmoid(1.702 x)
 
 
 class Block(nn.Module):
@@ -172,7 +171,7 @@ def load_clip(name, weights=None, pretrained=True):
     clip = CLIP(**CLIP_MODELS[name])
     if name != "tiny" and pretrained:
         if not weights:
-            weights = os.path.join(torch.hub.get_dir(), "checkpoints", "ViT-B-16.pt")
+            weights = os.path.join(torch.hub.get_dir(), "checkpoints", f"CLIP-ViT-B-16-{CLIP_SHA256[:8]}.pt")    # whole or not there
             try:
                 if not os.path.exists(weights):
                     os.makedirs(os.path.dirname(weights), exist_ok=True)
@@ -228,17 +227,18 @@ def stfl(visual, frames, *, split=(8, 2, 2), groups=6):
     B, T = frames.shape[:2]
     x = visual.conv1(frames.flatten(0, 1)).flatten(2).transpose(1, 2)    # (B*T, N, D)
     x = torch.cat([visual.class_embedding.to(x.dtype).expand(B * T, 1, -1), x], dim=1) + visual.positional_embedding
-    x = visual.ln_pre(x)
+    x = visual.ln_pre(x).unflatten(0, (B, T))
     kinds = ["basic"] * split[0] + ["grouped"] * split[1] + ["shifted"] * split[2]
-    for kind, block in zip(kinds, visual.transformer.resblocks, strict=True):
-        if kind == "basic":
-            x = block(x)
-            continue
-        x = x.unflatten(0, (B, T))
-        y = block.ln_1(x)
-        x = x + (attend_grouped(block.attn, y, groups) if kind == "grouped" else attend_shifted(block.attn, y, visual.grid))
-        x = (x + block.mlp(block.ln_2(x))).flatten(0, 1)
-    return visual.ln_post(x[:, 0]).unflatten(0, (B, T))
+    attend = {"basic": lambda attention, y: attention(y.flatten(0, 1)).view_as(y),
+              "grouped": lambda attention, y: attend_grouped(attention, y, groups),
+              "shifted": lambda attention, y: attend_shifted(attention, y, visual.grid)}
+    blocks = visual.transformer.resblocks
+    for kind, block in zip(kinds, blocks, strict=True):
+        x = x + attend[kind](block.attn, block.ln_1(x))
+        if block is blocks[-1]:
+            x = x[:, :, :1]    # nobody reads the patches any more: spare them the last MLP
+        x = x + block.mlp(block.ln_2(x))
+    return visual.ln_post(x[:, :, 0])
 
 
 # --------------------------------------------------- prompts, SD and CMI ----
@@ -437,9 +437,10 @@ class Options:
     centre: float = option(0.5, "weight of the modality loss for generalisation; 0 removes it", 0)
     consistency: float = option(1.0, "weight of the pull of z towards CMI's c; 0 makes CMI useless at test", 0)
 
-    # A laptop's CPU, minutes: a tiny random CLIP, small frames, one rate for all.
-    small = dict(epochs=6, steps=60, identities=8, tracklets=2, frames=4, lr=1e-3, boost=1.0, warmup_epochs=0, size=(64, 32), workers=0,
-                 erase=0.0, clip="tiny", split=(2, 2, 2), groups=4)
+    # A laptop's CPU, minutes: a tiny random CLIP. It has all to learn, and the modality gap last of all: a high rate, many short
+    # steps of many identities, a heavier contrast.
+    small = dict(epochs=20, steps=120, identities=16, tracklets=2, frames=2, lr=3e-3, boost=3.0, warmup_epochs=1, size=(64, 32),
+                 workers=0, erase=0.0, clip="tiny", split=(2, 1, 1), groups=4, contrast=3.0)
 
     def check(self):
         """Raises UserError for a configuration that cannot work."""
@@ -447,9 +448,9 @@ class Options:
             raise UserError(f"--clip {self.clip} is not known; expected one of {', '.join(CLIP_MODELS)}")
         patch, depth = CLIP_MODELS[self.clip]["patch"], CLIP_MODELS[self.clip]["depth"]
         if self.size[0] % patch or self.size[1] % patch:
-            raise UserError(f"--size {self.size}; expected multiples of {patch}, the patch of {self.clip}")
+            raise UserError(f"--size {self.size[0]} {self.size[1]}; expected multiples of {patch}, the patch of {self.clip}")
         if sum(self.split) != depth:
-            raise UserError(f"--split {self.split}; expected three numbers that add up to the {depth} blocks of {self.clip}")
+            raise UserError(f"--split {' '.join(map(str, self.split))}; expected three numbers that add up to the {depth} blocks of {self.clip}")
         rows = self.size[0] // patch
         if self.split[1] and rows % self.groups:
             raise UserError(f"--groups {self.groups}; expected a divisor of the {rows} rows of patches")

@@ -50,7 +50,7 @@ def small_model(seed=0, **switches):
     torch.manual_seed(seed)
     clip = load_clip("tiny")
     clip.visual.resize(4, 2)
-    model = lsmrl.LSMRL(classes=4, clip=clip, split=(2, 2, 2), groups=2, **switches).train()
+    model = lsmrl.LSMRL(classes=4, clip=clip, split=(2, 1, 1), groups=2, **switches).train()
     if switches.get("sd", True):
         nn.init.normal_(model.sd.attn.out_proj.weight, std=0.3)    # or SD would be the identity
     return model

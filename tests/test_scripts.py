@@ -14,6 +14,8 @@ import torch
 
 from golden import formula
 from layouts import write_buptcampus, write_hitsz
+from lsmrl import CLIP_MODELS
+from test_lsmrl import official_tensors, save_archive
 from test_model import torchvision_resnet50
 from test_sasgl import DINOV2, dino_shapes
 
@@ -21,6 +23,8 @@ ROOT = Path(__file__).parent.parent
 # A run of seconds: the small preset, smaller still.
 TINY = ("--preset small --epochs 1 --steps 2 --identities 2 --frames 2 --mask-warmup 2 --workers 0 --width 8 "
         "--dim 8 --dino-size 224 112 --code-size 16 8 --gait-strides 1 1 1 1").split()
+
+TINY_LSMRL = "--method lsmrl --preset small --epochs 1 --steps 2 --identities 2 --frames 2 --size 32 16 --groups 2".split()
 
 
 def run(*command, cwd=ROOT, env=None):
@@ -173,6 +177,63 @@ def test_ablations_and_precision_run(switch, walkers, tmp_path):
     assert (results["silhouette_iou"] is None) == (switch == ["--gait", "off"])
 
 
+@pytest.fixture(scope="module")
+def trained_lsmrl(walkers, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "lsmrl"
+    result = run("train.py", "--data", walkers, "--run", folder, *TINY_LSMRL)
+    assert result.returncode == 0, result.stderr
+    return folder, result
+
+
+def test_lsmrl_leaves_the_same_files_but_silhouettes_and_evaluates_alike(trained_lsmrl, tmp_path):
+    folder, result = trained_lsmrl
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "last.pt", "log.jsonl", "results.json"]
+    results, log = (json.loads((folder / name).read_text()) for name in ("results.json", "log.jsonl"))
+    assert results["method"] == "lsmrl" and results["silhouette_iou"] is None and "silhouettes" not in result.stdout
+    assert {"identity_z", "identity_f", "identity_cmi", "triplet_z", "text", "contrast", "centre", "consistency"} <= log.keys()
+    assert tensors_of(folder)["model"]["bank"].shape == (4, CLIP_MODELS["tiny"]["dim"])
+    again = run("evaluate.py", "--checkpoint", folder, "--json", tmp_path / "r.json", "--save", tmp_path / "e.npz", "--test-batch", 1)
+    assert again.returncode == 0, again.stderr
+    for direction, r in json.loads((tmp_path / "r.json").read_text())["directions"].items():
+        assert r == pytest.approx(results["directions"][direction], abs=0.06)    # another batch size rounds otherwise
+    embedding = np.load(tmp_path / "e.npz")["embedding"]
+    assert embedding.shape == (40, 1, CLIP_MODELS["tiny"]["width"] + CLIP_MODELS["tiny"]["dim"])
+    assert np.allclose((embedding ** 2).sum(2), 2, atol=1e-5)
+
+
+def test_lsmrl_resumes_bit_for_bit_and_as_itself(trained_lsmrl, walkers, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run("train.py", "--data", walkers, "--run", whole, *TINY_LSMRL, "--epochs", 2, "--cosine", "off").returncode == 0
+    shutil.copytree(trained_lsmrl[0], parts)    # its one epoch had no rate to change
+    result = run("train.py", "--resume", parts, "--epochs", 2, "--cosine", "off", "--workers", 1)
+    assert result.returncode == 0, result.stderr
+    a, b = tensors_of(whole), tensors_of(parts)
+    for key in a["model"]:
+        assert torch.equal(a["model"][key], b["model"][key]), key
+    slow, fast = b["optimizer"]["param_groups"]
+    assert fast["lr"] == pytest.approx(b["config"]["boost"] * slow["lr"]) and b["config"]["optimizer"] == "AdamW"
+    fails(run("train.py", "--resume", parts, "--method", "dinogrl"), "--method dinogrl", "lsmrl")
+
+
+@pytest.mark.parametrize("switches", ["--sd off --cmi off --precision bfloat16", "--split 4 0 0 --contrast 0 --centre 0 --text 0 --groups 3"])
+def test_lsmrl_s_parts_can_be_switched_off(switches, walkers, tmp_path):
+    result = run("train.py", "--data", walkers, "--run", tmp_path / "run", *TINY_LSMRL, *switches.split())
+    assert result.returncode == 0, result.stderr
+    losses = json.loads((tmp_path / "run" / "log.jsonl").read_text()).keys()
+    assert not {"identity_cmi", "consistency"} & losses if "cmi" in switches else not {"text", "contrast", "centre"} & losses
+
+
+def test_lsmrl_s_paper_preset_on_openai_s_format_and_one_method_knows_not_the_other_s_options(walkers, tmp_path):
+    save_archive(official_tensors(**CLIP_MODELS["ViT-B-16"]), tmp_path / "ViT-B-16.pt")
+    few = "--preset paper --steps 1 --identities 2 --tracklets 1 --frames 1 --workers 0 --epochs 1".split()
+    result = run("train.py", "--method", "lsmrl", "--data", walkers, "--run", tmp_path / "run", *few, "--clip-weights", tmp_path / "ViT-B-16.pt")
+    assert result.returncode == 0, result.stderr
+    assert "infrared->visible" in result.stdout and tensors_of(tmp_path / "run")["model"]["clip.visual.positional_embedding"].shape == (163, 768)
+    assert run("train.py", *TINY_LSMRL, "--gait", "off").returncode == 2
+    shown = run("train.py", "--method", "lsmrl", "--help").stdout
+    assert "--clip-weights" in shown and "--dinov2" not in shown and "(AdamW)" in shown
+
+
 def spoiled(walkers, tmp_path, spoil):
     copy = tmp_path / "copy"
     shutil.copytree(walkers, copy)
@@ -262,6 +323,8 @@ def test_no_network_for_the_hub(walkers, tmp_path):
     offline = {v: "http://127.0.0.1:9" for v in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
     result = run("train.py", "--data", walkers, "--preset", "paper", "--run", tmp_path / "run", env={**offline, "TORCH_HOME": str(tmp_path), "no_proxy": ""})
     fails(result, "network", "--dinov2-weights", "--dinov2 tiny")
+    result = run("train.py", "--data", walkers, "--method", "lsmrl", "--preset", "paper", "--run", tmp_path / "run", env={**offline, "TORCH_HOME": str(tmp_path), "no_proxy": ""})
+    fails(result, "network", "--clip-weights", "--clip tiny")
 
 
 @pytest.mark.parametrize("options, words", [
@@ -273,3 +336,11 @@ def test_bad_options(options, words, walkers, tmp_path):
     result = run("train.py", "--data", walkers, "--run", tmp_path / "run", *TINY, *options)
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     assert all(w in result.stderr for w in words), result.stderr
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--clip", "RN50"], ["RN50", "tiny"]), (["--size", "60", "32"], ["60 32", "multiples of 8"]), (["--split", "1", "1", "1"], ["1 1 1", "4 blocks"]),
+    (["--groups", "3"], ["3", "4 rows"]), (["--split", "4", "0"], ["--split", "3 numbers"]), (["--text", "-1"], ["--text"]),
+    (["--optimizer", "SGD"], ["SGD", "AdamW"]), (["--clip-weights", "x.pt"], ["tiny", "--clip-weights"])])
+def test_bad_options_of_lsmrl(options, words, walkers, tmp_path):
+    fails(run("train.py", "--data", walkers, "--run", tmp_path / "run", *TINY_LSMRL, *options), *words)
