@@ -313,10 +313,10 @@ def test_embeddings_are_a_tracklet_s_own_and_the_bank_travels_with_the_checkpoin
     model(frames, modality, label)    # fills the bank, moves the statistics
     model.eval()
     together = model.embed(frames, modality)
-    assert together.shape == (8, 1, 96 + 64) and together.dtype == torch.float32
+    assert together.shape == (8, 1, 64 + 64) and together.dtype == torch.float32
     torch.testing.assert_close(model.embed(frames[2:3], modality[2:3]), together[2:3], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.embed(frames.flip(0), 1 - modality), together.flip(0), rtol=1e-4, atol=1e-5)
-    for half in together.split([96, 64], dim=2):
+    for half in together.split(64, dim=2):
         torch.testing.assert_close(half.norm(dim=2), torch.ones(8, 1))
     model.prompts.words.add_(1)    # as the optimizer's step does: the bank is what SD used, not what the words are now
     copy.load_state_dict(model.state_dict())

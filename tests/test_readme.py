@@ -3,7 +3,7 @@ import json
 import re
 from pathlib import Path
 
-from test_scripts import ROOT, TINY, run
+from test_scripts import ROOT, TINY, TINY_LSMRL, run
 
 README = (ROOT / "README.md").read_text()
 
@@ -18,19 +18,20 @@ def test_files_and_functions_it_names_exist():
     for name in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / name).exists(), name
     source = "".join(p.read_text() for p in ROOT.glob("*.py"))
-    page = README.split("## The method in a page")[1].split("## Results")[0]
+    page = README.split("## The methods in two pages")[1].split("## Results")[0]
     names = re.findall(r"`([A-Za-z_.]+)`", page)
     assert len(names) > 12
     for name in names:
         assert re.search(rf"(def|class) {name.split('.')[-1]}\b", source), name
 
 
-def test_the_worked_example_runs(walkers, tmp_path):
-    example = re.search(r"```python\n(.*?)```", README, re.S).group(1)
-    assert len(example.splitlines()) <= 30
-    (tmp_path / "my_idea.py").write_text(example)
-    result = run(tmp_path / "my_idea.py", "--method", "mine", "--data", walkers, "--run", tmp_path / "run", *TINY,
-                 env={"PYTHONPATH": str(ROOT)})
-    assert result.returncode == 0, result.stderr
-    line = json.loads(Path(tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
-    assert line["centres_gait"] > 0 and line["centres_appearance"] > 0
+def test_the_worked_examples_run(walkers, tmp_path):
+    examples = re.findall(r"```python\n(.*?)```", README, re.S)
+    for example, tiny, losses in zip(examples, (TINY, TINY_LSMRL[2:]), ({"centres_gait", "centres_appearance"}, {"contrast"}), strict=True):
+        assert len(example.splitlines()) <= 30
+        (tmp_path / "my_idea.py").write_text(example)
+        folder = tmp_path / min(losses)
+        result = run(tmp_path / "my_idea.py", "--method", "mine", "--data", walkers, "--run", folder, *tiny, env={"PYTHONPATH": str(ROOT)})
+        assert result.returncode == 0, result.stderr
+        line = json.loads((folder / "log.jsonl").read_text().splitlines()[0])
+        assert all(line[loss] > 0 for loss in losses)
