@@ -145,8 +145,8 @@ def check(config):
         several = value if isinstance(value, tuple) else (value,)
         if isinstance(value, tuple) and least is not None and len(value) != len(f.default):
             raise UserError(f"--{f.name.replace('_', '-')} {written(value)}; expected {len(f.default)} numbers")
-        if least is not None and not all(v >= least for v in several):
-            raise UserError(f"--{f.name.replace('_', '-')} {written(value)}; expected at least {least}")
+        if least is not None and not all(least <= v < math.inf for v in several):
+            raise UserError(f"--{f.name.replace('_', '-')} {written(value)}; expected at least {least}" + " and finite" * isinstance(value, float))
     if list(config.milestones) != sorted(config.milestones):
         raise UserError(f"--milestones {written(config.milestones)}; expected them in ascending order")
     for name, known in (("precision", ("auto", "bfloat16", "float16", "float32")), ("optimizer", ("Adam", "AdamW"))):
