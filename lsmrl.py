@@ -30,8 +30,10 @@ weights; ImageNet's mean and deviation as in the rest of the house; `tiny`, the 
 """
 import math
 import os
+import re
 import warnings
 import zipfile
+import zlib
 from dataclasses import dataclass
 
 import torch
@@ -146,15 +148,21 @@ class CLIP(nn.Module):
 def read_clip(path):
     """OpenAI's TorchScript archive, or a state dict saved from it -> {name: tensor}. Raises UserError.
 
-    An archive is opened by torch.jit.load, whose reader runs no Python; anything else with weights_only=True."""
+    An archive is opened by torch.jit.load, which runs no Python; the one thing it does run, __setstate__ methods of the archive,
+    is refused. Anything else is opened with weights_only=True."""
     tensors = None
     try:
-        if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+        with zipfile.ZipFile(path) as archive:
+            texts = [archive.read(entry) for entry in archive.infolist() if not re.fullmatch(r"[^/]+/data/\d+", entry.filename)]
+            torchscript = any(name.endswith("/constants.pkl") for name in archive.namelist())
+        if torchscript and any(b"__setstate__" in text for text in texts):
+            raise UserError(f"{path} is a program that runs while it is read (__setstate__); expected OpenAI's ViT-B-16.pt, which is none")
+        if torchscript:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")    # newer torch announces the end of TorchScript
                 tensors = torch.jit.load(path, map_location="cpu").state_dict()
-    except (RuntimeError, OSError, zipfile.BadZipFile):
-        pass    # torn: read_tensors says so
+    except (RuntimeError, OSError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error):
+        pass    # no archive, or a torn one: read_tensors says so
     tensors = state_dict(read_tensors(path) if tensors is None else tensors, path)
     return {k: v.float() for k, v in tensors.items() if k not in ("input_resolution", "context_length", "vocab_size")}
 
@@ -179,7 +187,7 @@ def load_clip(name, weights=None, pretrained=True):
             except Exception as error:
                 raise UserError(f"CLIP ViT-B/16 is neither cached nor downloadable here ({type(error).__name__}: {str(error)[:80]}); "
                                 "either run once with a network, or give OpenAI's file by --clip-weights FILE, or take "
-                                "--clip tiny (random, for trying out)") from error
+                                "--preset small (a tiny random CLIP, for trying out)") from error
         fill(clip, read_clip(weights), f"{weights} (as CLIP {name})")
     for key, parameter in clip.named_parameters():
         parameter.requires_grad_(key.startswith("visual."))
@@ -195,9 +203,9 @@ SHIFT = torch.tensor([[-4, 1, 2], [-1, 0, 3], [-2, -3, 4]])
 def roll_patches(patches, grid, sign=1):
     """Patches (B, T, N, D) of a grid (h, w), N = h * w: each rolled along T by its entry of SHIFT (sign=-1: back)."""
     T, (h, w) = patches.shape[1], grid
-    shift = SHIFT.to(patches.device)[torch.arange(h)[:, None] % 3, torch.arange(w) % 3].flatten()    # (N,)
-    time = (torch.arange(T, device=patches.device)[:, None] - sign * shift) % T    # (T, N): where each place looks
-    return patches.gather(1, time[None, :, :, None].expand_as(patches))
+    shift = SHIFT[torch.arange(h)[:, None] % 3, torch.arange(w) % 3].flatten()    # (N,)
+    time = (torch.arange(T)[:, None] - sign * shift) % T    # (T, N): where each place looks
+    return patches.gather(1, time.to(patches.device)[None, :, :, None].expand_as(patches))
 
 
 def attend_grouped(attention, x, groups):
@@ -344,7 +352,7 @@ class LSMRL(nn.Module):
         visual = clip.visual
         dim, text_dim = visual.proj.shape
         heads = visual.transformer.resblocks[0].attn.heads
-        self.classes, self.weights = classes, {"text": text, "contrast": contrast, "centre": centre, "consistency": consistency}
+        self.weights = {"text": text, "contrast": contrast, "centre": centre, "consistency": consistency}
         self.clip, self.boost = clip, boost
         self.split, self.groups = split, groups
         self.prompts = Prompts(classes=classes, token_embedding=clip.token_embedding)
@@ -355,8 +363,6 @@ class LSMRL(nn.Module):
                                     for name, d in {"z": dim, "f": text_dim, **({"cmi": dim} if cmi else {})}.items()})
         for head in self.heads.values():
             nn.init.normal_(head[1].weight, std=0.001)
-        with torch.no_grad():
-            self.bank.copy_(self.text_features())
 
     def text_features(self):
         """-> t (C, d), a sentence's feature per training identity."""
@@ -367,9 +373,13 @@ class LSMRL(nn.Module):
         tokens = stfl(self.clip.visual, frames, split=self.split, groups=self.groups)
         if self.sd is not None:
             tokens = self.sd(tokens, bank)
-        z = tokens.float().mean(1)
         with torch.autocast(frames.device.type, enabled=False):
+            z = self.pool(tokens.float())
             return tokens, z, z @ self.clip.visual.proj
+
+    def pool(self, tokens):
+        """Frame tokens (B, T, D) -> sequence feature z (B, D): the mean over time."""
+        return tokens.mean(1)
 
     def embed(self, frames, modality):
         """frames (B, T, 3, H, W), modality (B,) not used: words know none -> (B, 1, D + d) float32, z and f of length 1 each."""
@@ -378,8 +388,10 @@ class LSMRL(nn.Module):
 
     def forward(self, frames, modality, label):
         """Training step: -> named losses (weighted: the total is their sum), and what the progress bar shows."""
-        t = self.text_features().float()
-        self.bank.copy_(t.detach())
+        t = None
+        if self.sd is not None or self.weights["text"]:
+            t = self.text_features().float()
+            self.bank.copy_(t.detach())
         tokens, z, f = self.features(frames, t)
         streams = {"z": z, "f": f}
         if self.cmi is not None:
@@ -423,9 +435,9 @@ class Options:
     weight_decay: float = option(1e-4, "AdamW's weight decay", 0)
     warmup_epochs: int = option(3, "linear warm-up from 0.01 of the rate", 0)
     milestones: tuple = option((), "epochs at which the rate falls tenfold, where --cosine is off")
-    cosine: bool = option(True, "after the warm-up the rate follows a cosine to 0.01")
+    cosine: bool = option(True, "after the warm-up the rate follows a cosine that ends at 0.01 after the last epoch; more --epochs on resuming stretch it")
     size: tuple = option((288, 144), "height and width of the frames, multiples of the patch", 1)
-    boost: float = option(25.0, "factor on the rate of classifiers, prompts and biases; 1 where CLIP is random too", 0)
+    boost: float = option(25.0, "factor on the rate of classifiers, prompts and biases; less where CLIP is random too", 0)
     clip: str = option("ViT-B-16", "ViT-B-16, or tiny: random, offline")
     clip_weights: str = option("", "local copy of OpenAI's ViT-B-16.pt, instead of the download")
     split: tuple = option((8, 2, 2), "blocks read as basic, grouped, patch-shift encoders; 12 0 0 is plain CLIP", 0)
@@ -435,7 +447,7 @@ class Options:
     text: float = option(0.08, "weight of the video-to-text loss; 0: no gradient reaches the prompts but through SD", 0)
     contrast: float = option(1.0, "weight of the modality loss for discrimination; 0 removes it", 0)
     centre: float = option(0.5, "weight of the modality loss for generalisation; 0 removes it", 0)
-    consistency: float = option(1.0, "weight of the pull of z towards CMI's c; 0 makes CMI useless at test", 0)
+    consistency: float = option(1.0, "weight of the pull of z towards CMI's c; 0 leaves CMI its own identity losses", 0)
 
     # A laptop's CPU, minutes: a tiny random CLIP. It has all to learn, and the modality gap last of all: a high rate, many short
     # steps of many identities, a heavier contrast.
@@ -457,9 +469,14 @@ class Options:
 
 
 def build(config, classes, pretrained=True, cls=LSMRL):
-    """An LSMRL (or a subclass: cls) as the configuration (train.Config with Options) says. pretrained=False: random, to be filled."""
+    """An LSMRL (or a subclass: cls) as the configuration (train.Config with Options) says. pretrained=False: random, bank empty,
+    to be filled."""
     clip = load_clip(config.clip, config.clip_weights, pretrained)
     patch = CLIP_MODELS[config.clip]["patch"]
     clip.visual.resize(config.size[0] // patch, config.size[1] // patch)
-    return cls(classes=classes, clip=clip, split=config.split, groups=config.groups, sd=config.sd, cmi=config.cmi, text=config.text,
-               contrast=config.contrast, centre=config.centre, consistency=config.consistency, boost=config.boost)
+    model = cls(classes=classes, clip=clip, split=config.split, groups=config.groups, sd=config.sd, cmi=config.cmi, text=config.text,
+                contrast=config.contrast, centre=config.centre, consistency=config.consistency, boost=config.boost)
+    if pretrained:
+        with torch.no_grad():
+            model.bank.copy_(model.text_features())    # so that an untrained model can be evaluated
+    return model

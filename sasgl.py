@@ -59,10 +59,11 @@ def misfits(tensors, shapes):
 
 
 def fill(module, tensors, what):
-    """Loads a state dict strictly. Raises UserError that lists every missing, surplus or misshapen tensor."""
+    """Loads a state dict strictly. Raises UserError that names missing, surplus and misshapen tensors, nine at most."""
     wrong = misfits(state_dict(tensors, what), {k: t.shape for k, t in module.state_dict().items()})
     if wrong:
-        raise UserError(f"{what} does not fit: {'; '.join(wrong)}")
+        more = f"; and {len(wrong) - 9} more: is it the right file?" if len(wrong) > 9 else ""
+        raise UserError(f"{what} does not fit: {'; '.join(wrong[:9])}{more}")
     module.load_state_dict(tensors)
 
 

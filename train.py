@@ -2,15 +2,16 @@
 
     python train.py                          the small preset on walkers: minutes on a laptop's CPU, offline
     python train.py --data PATH              the paper's recipe on HITSZ-VCM or BUPTCampus
+    python train.py --method lsmrl ...       the second method, with its own recipe and its own small preset
     python train.py --resume runs/NAME       goes on exactly where a run stopped
 
-A run lives in one folder: config.json, log.jsonl (a line per epoch), last.pt, results.json, silhouettes.png. The result
+A run lives in one folder: config.json, log.jsonl (a line per epoch), last.pt, results.json, silhouettes.png (DinoGRL). The result
 is the last epoch's: choosing the best epoch by its test score would be choosing on the test set.
 
 Quick question: where is the validation set? (Neither benchmark has one. So nothing here is chosen by a score.)
 
-Ours, not the paper's: bfloat16 in place of float16 (which is an option); 80 epochs in all; the mask bottleneck's warm-up
-where no trained one is given; the small preset; exact resuming.
+Ours, not the papers': bfloat16 in place of float16 (which is an option); DinoGRL's 80 epochs in all; the mask bottleneck's warm-up
+where no trained one is given; the small presets; exact resuming.
 """
 import argparse
 import bisect
@@ -51,7 +52,7 @@ class Config:
     weight_decay: float = option(5e-4, "weight decay, on every parameter as in the release", 0)
     warmup_epochs: int = option(10, "linear warm-up from 0.01 of the rate; shorten it only for smaller networks", 0)
     milestones: tuple = option((40, 70), "epochs at which the rate falls tenfold")
-    cosine: bool = option(False, "instead of milestones the rate follows a cosine to 0.01 after the warm-up")
+    cosine: bool = option(False, "instead of milestones: after the warm-up the rate follows a cosine that ends at 0.01 after the last epoch")
     precision: str = option("auto", "auto, bfloat16, float16 (with loss scaling), float32; auto: bfloat16 on CUDA, else float32")
     # data
     size: tuple = option((256, 128), "height and width of the frames; the height is cut into 16 strips after 16-fold reduction", 1)
@@ -100,12 +101,14 @@ def parse():
     first.add_argument("--method")
     first.add_argument("--resume")
     first, _ = first.parse_known_args()
+    if "" in (first.method, first.resume):
+        raise UserError("--method or --resume is empty; name a method, a run, or drop the option: is a shell variable unset?")
     checkpoint = read_checkpoint(first.resume) if first.resume else None
     method = checkpoint["method"] if checkpoint else first.method or Config.method
     if first.method not in (None, method):
         raise UserError(f"--method {first.method} cannot resume a run of {method}; drop it, or begin a new run")
     kind_of_config = config_of(method)
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("--preset", choices=("paper", "small"), help="paper (default for a real benchmark) or small (default for walkers)")
     parser.add_argument("--run", metavar="DIR", help="the run's folder; default: a new one under runs/")
     parser.add_argument("--resume", metavar="RUN", help="a run's folder; other options given here override its own")
@@ -130,9 +133,12 @@ def parse():
             raise UserError(f"{resume} can be evaluated but not resumed: it has no {', '.join(sorted(missing))}")
         resume = resume if os.path.isdir(resume) else os.path.dirname(resume) or "."
         try:
-            return replace(kind_of_config(**checkpoint["config"]), **given), checkpoint, run or resume, resume
+            config = kind_of_config(**checkpoint["config"])
         except TypeError as error:
             raise UserError(f"{resume} has another version's config ({error}); resume it with the code that wrote it") from None
+        if given.get("optimizer", config.optimizer) != config.optimizer:
+            raise UserError(f"--optimizer {given['optimizer']} cannot go on with the state of {config.optimizer}; drop it, or begin a new run")
+        return replace(config, **given), checkpoint, run or resume, resume
     real = "data" in given and not is_walkers(given["data"])
     preset = kind_of_config.small if (preset or ("paper" if real else "small")) == "small" else {}
     return kind_of_config(**{**preset, **given, "method": method}), None, run, None
@@ -177,7 +183,8 @@ def run_folder(config, run, resume, name, first_epoch):
 
 
 def rate(config):
-    """Epoch -> factor of the learning rate: linear warm-up from 0.01, then x0.1 at each milestone, or a cosine to 0.01."""
+    """Epoch -> factor of the learning rate: linear warm-up from 0.01, then x0.1 at each milestone, or a cosine that
+    would be at 0.01 one epoch after the last."""
     def factor(epoch):
         if epoch < config.warmup_epochs:
             return 0.01 + 0.99 * epoch / config.warmup_epochs
@@ -243,7 +250,7 @@ def main():
 
     # Model, optimizer
     torch.manual_seed(config.seed)
-    model = METHODS[config.method][0](config, len(dataset.classes), pretrained=checkpoint is None).to(device)
+    model = METHODS[config.method][0](config, len(dataset.classes), pretrained=resume is None).to(device)
     groups = model.parameter_groups()
     rates = [config.lr * group.pop("factor") for group in groups]
     optimizer = getattr(torch.optim, config.optimizer)([{**group, "lr": lr} for group, lr in zip(groups, rates)],
@@ -267,11 +274,12 @@ def main():
         torch.set_rng_state(checkpoint["random"]["cpu"])
         if device.type == "cuda" and checkpoint["random"]["cuda"] is not None:
             torch.cuda.set_rng_state(checkpoint["random"]["cuda"], device)
+        checkpoint = None    # gigabytes that nobody needs any more
     run, log = run_folder(config, run, resume, dataset.name, first_epoch)
     write_json(os.path.join(run, "config.json"), asdict(config))
     print(f"{config.method} on {dataset.name}: {len(dataset.classes)} training identities, {len(dataset.train):,} tracklets; "
           f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters to train; {device}, {precision}; run {run}")
-    if checkpoint is None and config.epochs and model.warm_up_stage:
+    if resume is None and config.epochs and model.warm_up_stage:
         model.train()
         warm_up(model, loader, sampler, config, device)
 
@@ -318,7 +326,7 @@ def main():
         if epoch + 1 == config.epochs or (config.evaluate_every and (epoch + 1) % config.evaluate_every == 0):
             report(model, dataset, config, device, run, start)
     if first_epoch >= config.epochs:
-        print(f"{run} has its {first_epoch} epochs already; raise --epochs to go on" if checkpoint else "the untrained model")
+        print(f"{run} has its {first_epoch} epochs already; raise --epochs to go on" if resume else "the untrained model")
         report(model, dataset, config, device, run, start)
 
 

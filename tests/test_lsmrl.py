@@ -1,4 +1,5 @@
 """LSMRL against literal forms written from its specification: loops, PyTorch's own attention, numbers worked by hand."""
+import inspect
 import math
 import os
 import pickle
@@ -6,6 +7,7 @@ import re
 import warnings
 import zipfile
 import zlib
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -17,6 +19,7 @@ import lsmrl
 from data import UserError
 from golden import formula
 from lsmrl import attend_grouped, attend_shifted, centre_loss, contrast_loss, load_clip, partners, roll_patches, stfl
+from train import config_of, rate
 
 SMALL = dict(patch=8, grid=4, width=24, depth=3, heads=3, text_width=16, text_depth=2, text_heads=2, dim=12)
 SHIFT = [[-4, 1, 2], [-1, 0, 3], [-2, -3, 4]]
@@ -267,6 +270,26 @@ def test_torn_and_evil_files_are_refused_and_nothing_runs(small_vit, tmp_path, m
         with pytest.raises(UserError, match=f"{name}.pt"):
             load_clip("ViT-B-16", f"{name}.pt")
     assert not (tmp_path / "ran").exists()
+
+    class Program(nn.Module):    # TorchScript that writes a file while it is read
+        def __init__(self):
+            super().__init__()
+            self.training = True
+
+        @torch.jit.export
+        def __getstate__(self):
+            return torch.zeros(1), self.training
+
+        @torch.jit.export
+        def __setstate__(self, state: tuple[torch.Tensor, bool]):
+            torch.save(state[0], "ran")
+            self.training = state[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(Program()), "program.pt")
+    with pytest.raises(UserError, match="__setstate__"):
+        load_clip("ViT-B-16", "program.pt")
+    assert not (tmp_path / "ran").exists()
     pickle.loads(bad["pickle"])
     assert (tmp_path / "ran").exists()    # it would have run
 
@@ -278,7 +301,7 @@ def test_the_download_is_checked_and_cached_and_its_failure_one_clear_error(smal
     with pytest.raises(UserError) as error:
         load_clip("ViT-B-16")
     message = str(error.value)
-    assert "\n" not in message and all(way in message for way in ("network", "--clip-weights", "--clip tiny"))
+    assert "\n" not in message and all(way in message for way in ("network", "--clip-weights", "--preset small"))
     assert load_clip("ViT-B-16", pretrained=False).visual.proj.shape == (24, 12)    # a checkpoint will fill it
     for name, weights in (("RN50", None), ("tiny", "file.pt")):
         with pytest.raises(UserError):
@@ -427,6 +450,11 @@ def test_forward_weighs_the_losses_of_z_and_f_and_c():
         logits = F.batch_norm(x, None, None, training=True) @ model.heads[name][1].weight.t()
         torch.testing.assert_close(losses[f"identity_{name}"], F.cross_entropy(logits, label), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(losses[f"triplet_{name}"], triplet_loss(x, label, modality), rtol=1e-4, atol=1e-5)
+    c, (z, f) = F.normalize(model.cmi(tokens, partners(modality, label)), dim=1), (F.normalize(x, dim=1) for x in (z, f))
+    compared = torch.cat([z, f], dim=1) / math.sqrt(2)    # what test compares, of length 1
+    torch.testing.assert_close(losses["contrast"], contrast_loss(compared, label, modality))
+    torch.testing.assert_close(losses["centre"], 0.5 * centre_loss(compared, label, modality))
+    torch.testing.assert_close(losses["consistency"], (z - c).square().sum(1).mean())
     flipped, _ = model(*(x.flip(0) for x in BATCH))    # keeps the pairs
     torch.testing.assert_close(flipped, losses, rtol=1e-3, atol=1e-5)
     double, _ = small_model(text=0.16, contrast=2, centre=1, consistency=2)(*BATCH)
@@ -455,3 +483,40 @@ def test_consistency_pulls_z_and_gives_cmi_no_gradient():
     model(*BATCH)[0]["consistency"].backward()
     pulled = {n.split(".")[0] for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     assert "clip" in pulled and not pulled & {"cmi", "heads"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_the_losses_are_float32_and_near_those_of_float32(dtype):
+    model = small_model()
+    whole, _ = small_model()(*BATCH)
+    with torch.autocast("cpu", dtype):
+        losses, _ = model(*BATCH)
+    assert all(loss.dtype == torch.float32 for loss in losses.values())
+    torch.testing.assert_close(losses, whole, rtol=0.1, atol=0.02)
+    sum(losses.values()).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    with torch.inference_mode(), torch.autocast("cpu", dtype):
+        assert model.eval().embed(*BATCH[:2]).dtype == torch.float32
+
+
+def test_the_paper_preset_is_the_specification_s_and_reaches_the_model():
+    config = config_of("lsmrl")(method="lsmrl")
+    wanted = dict(size=(288, 144), identities=4, tracklets=4, frames=6, optimizer="AdamW", lr=2.5e-5, weight_decay=1e-4, boost=25.0, warmup_epochs=3,
+                  cosine=True, epochs=24, steps=200, clip="ViT-B-16", split=(8, 2, 2), groups=6, text=0.08, contrast=1.0, centre=0.5, sd=True, cmi=True)
+    assert {k: getattr(config, k) for k in wanted} == wanted
+    for name, p in inspect.signature(lsmrl.LSMRL).parameters.items():    # said twice, the same
+        assert p.default is p.empty or p.default == getattr(config, name), name
+    own = dict(clip="tiny", size=(32, 16), split=(1, 2, 1), groups=2, text=0.3, contrast=0.7, centre=0.2, consistency=0.1, boost=7.0)
+    model = lsmrl.build(replace(config, **own), 4)
+    assert (model.split, model.groups, model.boost) == ((1, 2, 1), 2, 7.0)
+    assert model.weights == {k: own[k] for k in ("text", "contrast", "centre", "consistency")}
+    torch.testing.assert_close(model.bank, model.text_features().detach())    # an untrained model can be evaluated
+    off = lsmrl.build(replace(config, **own, sd=False, cmi=False), 4, pretrained=False)
+    assert off.sd is None and off.cmi is None and not off.bank.any()
+
+
+def test_the_rate_warms_up_and_then_follows_a_cosine():
+    factor = rate(config_of("lsmrl")(method="lsmrl"))
+    assert [factor(epoch) for epoch in range(4)] == pytest.approx([0.01, 0.34, 0.67, 1])
+    for epoch in range(3, 30):
+        assert factor(epoch) == pytest.approx(0.01 + 0.99 * math.cos(math.pi / 2 * min(1, (epoch - 3) / 21)) ** 2)
