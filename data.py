@@ -19,6 +19,7 @@ import math
 import multiprocessing
 import os
 import re
+import signal
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -48,8 +49,8 @@ def cli(main):
     except OSError as error:    # too many open files, a vanished disk: the system's own words
         tqdm.write(f"error: {error}; check the disk, the permissions and --workers", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        tqdm.write("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:    # train.py says in it how to go on
+        tqdm.write(str(stop) or "interrupted", file=sys.stderr)
         sys.exit(130)
 
 
@@ -323,10 +324,15 @@ class Frames(torch.utils.data.Dataset):
         return frames, int(self.tracklets[index].modality == INFRARED), index
 
 
+def ignore_interrupts(worker):
+    """For loader processes: Ctrl-C goes to the whole group, but what to do about it is for the main process to say."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class IdentitySampler:
     """Batches of keys for Frames: P identities x K tracklets of each modality, the visible ones first.
 
-    The order is a function of seed and epoch (set .epoch) alone. rank, world: every process draws the same P identities
+    The order is a function of seed and epoch (set .epoch) alone; .start leaves out the first steps of it. rank, world: every process draws the same P identities
     and takes its own share. An identity with fewer than K tracklets of a modality repeats some."""
 
     def __init__(self, tracklets, *, P, K, steps, seed, rank=0, world=1):
@@ -339,13 +345,14 @@ class IdentitySampler:
         if P % world:
             raise UserError(f"--identities {P} cannot be shared by {world} processes; expected a multiple of {world}")
         self.P, self.K, self.steps, self.seed, self.rank, self.world, self.epoch = P, K, steps, seed, rank, world, 0
+        self.start = 0
 
     def __len__(self):
-        return self.steps
+        return self.steps - self.start
 
     def __iter__(self):
         rng = np.random.default_rng([self.seed, self.epoch])
-        for _ in range(self.steps):
+        for step in range(self.steps):
             keys = {VISIBLE: [], INFRARED: []}
             for p, identity in enumerate(rng.choice(len(self.pids), self.P, replace=False)):
                 for modality, indices in self.pids[identity].items():
@@ -356,7 +363,8 @@ class IdentitySampler:
                     seeds = rng.integers(2 ** 31, size=self.K)
                     if p % self.world == self.rank:
                         keys[modality] += [(int(i), int(s)) for i, s in zip(chosen, seeds)]
-            yield keys[VISIBLE] + keys[INFRARED]
+            if step >= self.start:
+                yield keys[VISIBLE] + keys[INFRARED]
 
 
 # ----------------------------------------------------------- augmentation ----

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import lsmrl
 import model as dinogrl
-from data import INFRARED, VISIBLE, Frames, UserError, cli, load_dataset, normalise, read_frame
+from data import INFRARED, VISIBLE, Frames, UserError, cli, ignore_interrupts, load_dataset, normalise, read_frame
 from sasgl import choose_body, fill, read_tensors
 
 # method: (build(config, classes, pretrained) -> model, its options)
@@ -122,7 +122,8 @@ def embed_tracklets(model, dataset, config, device):
     model.eval()
     loader = torch.utils.data.DataLoader(
         Frames(dataset.test, size=config.size, T=config.frames, rule=dataset.test_frames),
-        batch_size=config.test_batch, num_workers=config.workers, pin_memory=device.type == "cuda", generator=torch.Generator())
+        batch_size=config.test_batch, num_workers=config.workers, pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_interrupts, generator=torch.Generator())
     embeddings = None
     with tqdm(total=len(dataset.test), desc="embedding", unit="tracklet", leave=False) as bar:
         for frames, modality, index in loader:

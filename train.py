@@ -19,6 +19,8 @@ import ctypes
 import json
 import math
 import os
+import re
+import signal
 import time
 from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 
@@ -27,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 import walkers
-from data import Frames, IdentitySampler, UserError, augment, cli, is_walkers, load_dataset, option
+from data import Frames, IdentitySampler, UserError, augment, cli, ignore_interrupts, is_walkers, load_dataset, option
 from evaluate import METHODS, choose_device, draw_silhouettes, evaluate, read_checkpoint, table, write_atomic, write_json
 from sasgl import fill
 
@@ -174,6 +176,8 @@ def run_folder(config, run, resume, name, first_epoch):
             path = os.path.join(run, "log.jsonl")
             lines = open(path, encoding="utf-8").read().splitlines() if os.path.exists(path) else []
             log = lines[:first_epoch]    # one an epoch; a run cut before its checkpoint has one too many
+            for leftover in [name for name in os.listdir(run) if re.search(r"\.\d+\.tmp$", name)]:
+                os.remove(os.path.join(run, leftover))    # what write_atomic was writing when the run was killed
         elif os.listdir(run):
             raise UserError(f"{run} is not empty; choose another --run" + (f", or go on with it by --resume {run}" if
                             os.path.exists(os.path.join(run, "last.pt")) else ""))
@@ -245,7 +249,7 @@ def main():
     sampler = IdentitySampler(dataset.train, P=config.identities, K=config.tracklets, steps=config.steps, seed=config.seed)
     loader = torch.utils.data.DataLoader(Frames(dataset.train, size=config.size, T=config.frames), batch_sampler=sampler,
                                          num_workers=config.workers, pin_memory=device.type == "cuda",
-                                         persistent_workers=config.workers > 0,
+                                         persistent_workers=config.workers > 0, worker_init_fn=ignore_interrupts,
                                          generator=torch.Generator())    # its own: it would draw from the model's otherwise
 
     # Model, optimizer
@@ -257,7 +261,7 @@ def main():
                                                        weight_decay=config.weight_decay)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate(config))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
-    first_epoch = 0
+    first_epoch, first_step, sums = 0, 0, {}
     if checkpoint:
         if checkpoint["classes"] != dataset.classes:
             raise UserError(f"the run knows {len(checkpoint['classes'])} identities that are not the {len(dataset.classes)} of "
@@ -267,7 +271,9 @@ def main():
         scheduler.load_state_dict(checkpoint["scheduler"])
         if checkpoint["scaler"] and scaler.is_enabled():
             scaler.load_state_dict(checkpoint["scaler"])
-        first_epoch = checkpoint["epoch"]
+        first_epoch, first_step, sums = checkpoint["epoch"], checkpoint.get("step", 0), checkpoint.get("sums", {})
+        if first_step >= config.steps:
+            raise UserError(f"--steps {config.steps}; {run} was interrupted after step {first_step} of an epoch; expected more steps")
         scheduler.base_lrs = rates    # the schedule's options may have been overridden
         for group, lr in zip(optimizer.param_groups, rates):
             group.update(lr=lr * rate(config)(first_epoch), initial_lr=lr, weight_decay=config.weight_decay)
@@ -283,11 +289,28 @@ def main():
         model.train()
         warm_up(model, loader, sampler, config, device)
 
+    def save(epoch, step=0, sums={}):
+        """Everything that going on exactly needs: `epoch` whole epochs and `step` steps of the next are done."""
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
+                 "scaler": scaler.state_dict(), "epoch": epoch, "step": step, "sums": sums, "config": asdict(config),
+                 "classes": dataset.classes, "method": config.method,
+                 "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}}
+        write_atomic(os.path.join(run, "last.pt"), lambda file: torch.save(state, file))
+
+    if resume is None and config.epochs:
+        save(0)    # from here on a run that is killed can be resumed
+    interrupted = []
+
+    def on_interrupt(*_):    # the step is finished first; a second Ctrl-C stops at once
+        interrupted.append(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
     for epoch in range(first_epoch, config.epochs):
         model.train()
-        sampler.epoch, sums, epoch_start = epoch, {}, time.time()
-        bar = tqdm(loader, desc=f"epoch {epoch + 1}/{config.epochs}", bar_format=BAR)
-        for step, (frames, modality, index) in enumerate(bar):
+        sampler.epoch, sampler.start, recent, epoch_start = epoch, first_step, [], time.time()
+        signal.signal(signal.SIGINT, on_interrupt)
+        bar = tqdm(loader, desc=f"epoch {epoch + 1}/{config.epochs}", bar_format=BAR, initial=first_step, total=config.steps)
+        for step, (frames, modality, index) in enumerate(bar, first_step):
             frames = augment(frames.to(device, non_blocking=True), modality,
                              np.random.default_rng([config.seed, epoch, step]), config.erase)
             label = label_of_tracklet[index].to(device)
@@ -299,35 +322,50 @@ def main():
             scaler.step(optimizer)
             scaler.update()
 
-            for name, value in {**losses, **shown}.items():
-                sums[name] = sums.get(name, 0) + value.detach()
-            if step % 10 == 9 or step == len(loader) - 1 or device.type == "cpu":    # reading a value waits for the GPU
+            values = {name: value.detach() for name, value in {**losses, **shown}.items()}
+            sums = {name: sums.get(name, 0) + value for name, value in values.items()}
+            recent.append((step, index, values))
+            if step % 10 == 9 or step == config.steps - 1 or device.type == "cpu" or interrupted:    # reading a value waits for the GPU
                 seconds = time.time() - epoch_start
                 means = {name: (value / (step + 1)).item() for name, value in sums.items()}
-                for name, value in means.items():
-                    if not np.isfinite(value):
-                        raise UserError(f"{name} is {value} in epoch {epoch + 1}, step {step + 1}; {epoch} whole epochs stand in "
-                                        f"{run}: resume or begin again with a lower --lr or --precision float32")
-                bar.set_postfix_str(f"{(step + 1) * frames.shape[0] * frames.shape[1] / seconds:.0f} frames/s "
+                if not all(np.isfinite(value) for value in means.values()):
+                    name_culprit(recent, dataset, f"epoch {epoch + 1}", run)
+                recent.clear()
+                bar.set_postfix_str(f"{(step + 1 - first_step) * frames.shape[0] * frames.shape[1] / seconds:.0f} frames/s "
                                     + brief(means))
-            if epoch == first_epoch and step == min(2, config.steps - 1) and device.type == "cpu" and dataset.name != "walkers":
-                bar.write(f"no CUDA here: about {seconds / (step + 1) * config.steps / 3600:.2g} hours an epoch on this CPU")
+            if epoch == first_epoch and step == min(first_step + 2, config.steps - 1) and device.type == "cpu" and dataset.name != "walkers":
+                bar.write(f"no CUDA here: about {seconds / (step + 1 - first_step) * config.steps / 3600:.2g} hours an epoch on this CPU")
+            if interrupted and step + 1 < config.steps:
+                save(epoch, step + 1, sums)
+                bar.close()
+                raise KeyboardInterrupt(f"interrupted and saved after step {step + 1} of epoch {epoch + 1}; go on: python train.py --resume {run}")
 
         # Log, save, evaluate
         line = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], **means, "seconds": round(time.time() - epoch_start, 1)}
         scheduler.step()
         log.append(json.dumps(line))
         write_atomic(os.path.join(run, "log.jsonl"), lambda file: file.write("".join(f"{entry}\n" for entry in log).encode()))
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
-                 "scaler": scaler.state_dict(), "epoch": epoch + 1, "config": asdict(config), "classes": dataset.classes,
-                 "method": config.method,
-                 "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}}
-        write_atomic(os.path.join(run, "last.pt"), lambda file: torch.save(state, file))
+        first_step, sums = 0, {}
+        save(epoch + 1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if interrupted:
+            raise KeyboardInterrupt(f"interrupted and saved after epoch {epoch + 1}; go on: python train.py --resume {run}")
         if epoch + 1 == config.epochs or (config.evaluate_every and (epoch + 1) % config.evaluate_every == 0):
             report(model, dataset, config, device, run, start)
     if first_epoch >= config.epochs:
         print(f"{run} has its {first_epoch} epochs already; raise --epochs to go on" if resume else "the untrained model")
         report(model, dataset, config, device, run, start)
+
+
+def name_culprit(recent, dataset, epoch, run):
+    """recent: (step, tracklet indices, {name: value}) of the steps since all was well. Raises UserError that names the first value
+    that is not finite and the tracklets of its batch. last.pt is older, and good."""
+    for step, index, values in recent:
+        for name, value in values.items():
+            if not value.isfinite():
+                batch = " ".join(os.path.relpath(os.path.dirname(dataset.train[i].frames[0]), dataset.root) for i in index.tolist())
+                raise UserError(f"{name} is {value.item()} in {epoch}, step {step + 1}; {run}/last.pt is older and good: resume it with a lower "
+                                f"--lr or --precision float32, or look at the batch's tracklets: {batch}")
 
 
 def report(model, dataset, config, device, run, start):

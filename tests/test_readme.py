@@ -1,7 +1,6 @@
 """What the README says, held to."""
 import json
 import re
-from pathlib import Path
 
 from test_scripts import ROOT, TINY, TINY_LSMRL, run
 

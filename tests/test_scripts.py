@@ -1,19 +1,24 @@
-"""The scripts as a user runs them: subprocesses, exit codes, files."""
+"""The scripts as a user runs them: subprocesses (or, where refused early, main() itself), exit codes, files."""
+import io
 import json
 import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import evaluate
 import train
-from data import cli
+from data import cli, main as check_dataset
 from golden import formula
 from layouts import write_buptcampus, write_hitsz
 from lsmrl import CLIP_MODELS
@@ -25,13 +30,26 @@ ROOT = Path(__file__).parent.parent
 # A run of seconds: the small preset, smaller still.
 TINY = ("--preset small --epochs 1 --steps 2 --identities 2 --frames 2 --mask-warmup 2 --workers 0 --width 8 "
         "--dim 8 --dino-size 224 112 --code-size 16 8 --gait-strides 1 1 1 1").split()
-
 TINY_LSMRL = "--method lsmrl --preset small --epochs 1 --steps 2 --identities 2 --frames 2 --size 32 16 --groups 2".split()
 
 
 def run(*command, cwd=ROOT, env=None):
     return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=280,
                           env={**os.environ, "OMP_NUM_THREADS": "2", **(env or {})}, stdin=subprocess.DEVNULL)
+
+
+def here(script, *arguments):
+    """run() in this process: two seconds sooner, for what is refused early."""
+    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = [script, *map(str, arguments)]
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            cli({"train.py": train.main, "evaluate.py": evaluate.main, "data.py": check_dataset}[script])
+    except SystemExit as stop:
+        return SimpleNamespace(returncode=stop.code or 0, stdout=out.getvalue(), stderr=err.getvalue())
+    finally:
+        sys.argv = argv
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def fails(result, *words):
@@ -69,7 +87,7 @@ def test_a_run_leaves_what_it_promises(trained, walkers):
     assert len(log) == 1 and {"epoch", "lr", "mask", "smooth_mask", "smooth_part", "diversity", "identity_gait", "triplet_gait",
                               "identity_appearance", "triplet_appearance", "accuracy_gait"} <= log[0].keys()
     checkpoint = tensors_of(folder)
-    assert checkpoint.keys() == {"model", "optimizer", "scheduler", "scaler", "epoch", "config", "classes", "method", "random"}
+    assert checkpoint.keys() == {"model", "optimizer", "scheduler", "scaler", "epoch", "config", "classes", "method", "random", "step", "sums"}
     assert checkpoint["classes"] == [1, 2, 3, 4] and checkpoint["epoch"] == 1
     assert all(name in result.stderr for name in ("mask ", "smooth ", "div ", "id ", "tri ", "acc ")) and "frames/s" in result.stderr    # the progress bar names its losses
 
@@ -93,10 +111,10 @@ def test_two_epochs_are_one_and_one_resumed_bit_for_bit(trained, walkers, tmp_pa
 
 
 def test_a_run_is_never_overwritten(trained, walkers, tmp_path):
-    fails(run("train.py", "--data", walkers, "--run", trained[0], *TINY), "not empty", "--resume")
+    fails(here("train.py", "--data", walkers, "--run", trained[0], *TINY), "not empty", "--resume")
     (tmp_path / "notes.txt").write_text("mine")
-    fails(run("train.py", "--resume", trained[0], "--run", tmp_path, "--epochs", 2), "not empty")
-    fails(run("train.py", "--data", walkers, "--run", tmp_path / "notes.txt", *TINY), "notes.txt")
+    fails(here("train.py", "--resume", trained[0], "--run", tmp_path, "--epochs", 2), "not empty")
+    fails(here("train.py", "--data", walkers, "--run", tmp_path / "notes.txt", *TINY), "notes.txt")
 
 
 def test_options_given_on_resume_override_the_run_s(trained, tmp_path):
@@ -107,7 +125,7 @@ def test_options_given_on_resume_override_the_run_s(trained, tmp_path):
     assert group["initial_lr"] == 1e-5
     assert run("train.py", "--resume", trained[0], "--preset", "paper").returncode == 2
     torch.save({k: v for k, v in tensors_of(trained[0]).items() if k != "optimizer"}, tmp_path / "light.pt")
-    fails(run("train.py", "--resume", tmp_path / "light.pt", "--epochs", 2), "no optimizer")
+    fails(here("train.py", "--resume", tmp_path / "light.pt", "--epochs", 2), "no optimizer")
 
 
 def test_a_masks_folder_of_another_kind_gives_no_iou(walkers, tmp_path):
@@ -140,10 +158,10 @@ def test_official_end_to_end(walkers, official_files, tmp_path):
     for name in ("best_model.pth", "best_model2.pth"):
         (tmp_path / name).symlink_to(official_files / name)
     (tmp_path / "best_shape.pth").write_bytes((official_files / "best_shape.pth").read_bytes()[:5000])
-    fails(run("evaluate.py", "--official", tmp_path, "--data", walkers), "best_shape.pth")
+    fails(here("evaluate.py", "--official", tmp_path, "--data", walkers), "best_shape.pth")
     torch.save([1, 2], tmp_path / "best_shape.pth")
-    fails(run("evaluate.py", "--official", tmp_path, "--data", walkers), "best_shape.pth", "no dict of named tensors")
-    fails(run("evaluate.py", "--official", official_files, "--data", walkers, "--json", tmp_path / "no" / "r.json"), "no folder")
+    fails(here("evaluate.py", "--official", tmp_path, "--data", walkers), "best_shape.pth", "no dict of named tensors")
+    fails(here("evaluate.py", "--official", official_files, "--data", walkers, "--json", tmp_path / "no" / "r.json"), "no folder")
 
 
 @pytest.fixture(scope="module")
@@ -163,12 +181,13 @@ def test_paper_preset_trains_evaluates_and_resumes(benchmark, walkers, weights, 
         write_buptcampus(data)
         data = data / "DATA"    # as some users will
     few = ["--steps", 1, "--identities", 2, "--tracklets", 1, "--frames", 1, "--mask-warmup", 1, "--workers", 0, "--epochs", 1,
-           "--dino-size", 112, 56]    # a small view for DINOv2: the rest is the paper's size
+           "--size", 256, 64, "--code-size", 64, 16, "--dino-size", 112, 56]    # narrower views: the networks are the paper's
     result = run("train.py", "--data", data, "--preset", "paper", "--run", tmp_path / "run", *few, *weights)
     assert result.returncode == 0, result.stderr
-    result = run("train.py", "--resume", tmp_path / "run", "--epochs", 2)
-    assert result.returncode == 0, result.stderr
-    assert tensors_of(tmp_path / "run")["epoch"] == 2 and "infrared->visible" in result.stdout
+    if benchmark == "buptcampus":
+        result = run("train.py", "--resume", tmp_path / "run", "--epochs", 2)
+        assert result.returncode == 0, result.stderr
+    assert tensors_of(tmp_path / "run")["epoch"] == 1 + (benchmark == "buptcampus") and "infrared->visible" in result.stdout
 
 
 @pytest.mark.parametrize("switch", [["--gait", "off"], ["--pbmge", "off"], ["--precision", "bfloat16"]])
@@ -217,7 +236,7 @@ def test_lsmrl_resumes_bit_for_bit_and_as_itself(trained_lsmrl, walkers, tmp_pat
     slow, fast = b["optimizer"]["param_groups"]
     assert fast["lr"] == pytest.approx(b["config"]["boost"] * slow["lr"]) and b["config"]["optimizer"] == "AdamW"
     for given, words in ((["--method", "dinogrl"], ["--method dinogrl", "lsmrl"]), (["--optimizer", "Adam"], ["--optimizer Adam", "AdamW"])):
-        fails(run("train.py", "--resume", parts, *given), *words)
+        fails(here("train.py", "--resume", parts, *given), *words)
 
 
 @pytest.mark.parametrize("switches", ["--cmi off --precision bfloat16", "--split 4 0 0 --contrast 0 --centre 0 --text 0 --groups 3"])
@@ -267,20 +286,20 @@ def test_bad_datasets(what, spoil, words, walkers, tmp_path):
             rows = (d / "info" / "track_test_info.txt").read_text().splitlines()
             (d / "info" / "query_IDX.txt").write_text(" ".join(str(i) for i, r in enumerate(rows, 1) if r[0] == "1"))
     data = spoiled(walkers, tmp_path, spoil)
-    fails(run("train.py", "--data", data, "--run", tmp_path / "run", *TINY), *words)
+    fails(here("train.py", "--data", data, "--run", tmp_path / "run", *TINY), *words)
     assert not (tmp_path / "run").exists()    # refused before anything is written
     checked = run("data.py", data)
     assert checked.returncode == 2 and "Traceback" not in checked.stderr
 
 
 def test_missing_empty_and_foreign_folders(tmp_path):
-    fails(run("train.py", "--data", tmp_path / "nowhere"), "no folder")
+    fails(here("train.py", "--data", tmp_path / "nowhere"), "no folder")
     (tmp_path / "empty").mkdir()
-    fails(run("train.py", "--data", tmp_path / "empty"), "no dataset", "Train/ Test/ info/")
+    fails(here("train.py", "--data", tmp_path / "empty"), "no dataset", "Train/ Test/ info/")
     (tmp_path / "empty" / "0001").mkdir()
     (tmp_path / "empty" / "bounding_box_train").mkdir()
-    fails(run("evaluate.py", "--official", tmp_path, "--data", tmp_path / "empty"), "best_model.pth")
-    fails(run("data.py", tmp_path / "empty"), "no dataset")
+    fails(here("evaluate.py", "--official", tmp_path, "--data", tmp_path / "empty"), "best_model.pth")
+    fails(here("data.py", tmp_path / "empty"), "no dataset")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -289,7 +308,7 @@ def test_truncated_jpeg_names_the_file(workers, walkers, tmp_path):
         for path in (d / "Train").rglob("*.jpg"):
             path.write_bytes(path.read_bytes()[:300])
     data = spoiled(walkers, tmp_path, truncate)
-    fails(run("train.py", "--data", data, "--run", tmp_path / "run", *TINY, "--workers", workers), ".jpg", "cannot be read")
+    fails(here("train.py", "--data", data, "--run", tmp_path / "run", *TINY, "--workers", workers), ".jpg", "cannot be read")
     checked = run("data.py", data)
     assert checked.returncode == 2 and re.search(r"problem: .*Train.0001.*\.jpg cannot be read", checked.stdout)
 
@@ -311,15 +330,15 @@ def test_corrupt_foreign_and_malicious_checkpoints(trained, walkers, tmp_path):
     for name, data in (("torn.pt", (trained[0] / "last.pt").read_bytes()[:10000]), ("text.pt", b"hello"), ("empty.pt", b""),
                        ("evil.pt", pickle.dumps(Evil()))):
         (tmp_path / name).write_bytes(data)
-        fails(run("evaluate.py", "--checkpoint", tmp_path / name, "--data", walkers), name)
+        fails(here("evaluate.py", "--checkpoint", tmp_path / name, "--data", walkers), name)
     assert not os.path.exists("/tmp/owned-by-a-pickle")
     torch.save({"state_dict": {}}, tmp_path / "foreign.pt")
-    fails(run("evaluate.py", "--checkpoint", tmp_path / "foreign.pt", "--data", walkers), "no checkpoint of train.py")
-    fails(run("train.py", "--resume", tmp_path / "nothing"), "no file")
+    fails(here("evaluate.py", "--checkpoint", tmp_path / "foreign.pt", "--data", walkers), "no checkpoint of train.py")
+    fails(here("train.py", "--resume", tmp_path / "nothing"), "no file")
     other = tensors_of(trained[0])
     other["classes"] = [1, 2, 3, 5]
     torch.save(other, tmp_path / "other.pt")
-    fails(run("train.py", "--resume", tmp_path / "other.pt", "--run", tmp_path / "r", "--epochs", 2), "identities")
+    fails(here("train.py", "--resume", tmp_path / "other.pt", "--run", tmp_path / "r", "--epochs", 2), "identities")
 
 
 def test_no_network_for_the_hub(walkers, tmp_path):
@@ -340,11 +359,9 @@ def test_no_network_for_the_hub(walkers, tmp_path):
     ("lsmrl", "--clip RN50", "RN50 tiny"), ("lsmrl", "--size 60 32", "60 32 multiples"), ("lsmrl", "--split 1 1 1", "4 blocks"),
     ("lsmrl", "--groups 3", "3 4 rows"), ("lsmrl", "--split 4 0", "--split 3 numbers"), ("lsmrl", "--text -1", "--text"),
     ("lsmrl", "--clip-weights x.pt", "tiny --clip-weights"), ("lsmrl", "--gait off", "--gait"), ("lsmrl", "--contrast inf", "--contrast inf")])
-def test_bad_options(method, options, words, walkers, tmp_path, monkeypatch, capsys):
+def test_bad_options(method, options, words, walkers, tmp_path):
     tiny = TINY if method == "dinogrl" else TINY_LSMRL[2:]
-    monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(walkers), "--run", str(tmp_path / "run"), *tiny, "--method", method, *options.split()])
-    with pytest.raises(SystemExit) as stop:
-        cli(train.main)
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and "error: " in error and all(word in error for word in words.split()), error
+    result = here("train.py", "--data", walkers, "--run", tmp_path / "run", *tiny, "--method", method, *options.split())
+    error = result.stderr.strip().splitlines()[-1]
+    assert result.returncode == 2 and "error: " in error and all(word in error for word in words.split()), error
     assert not (tmp_path / "run").exists()    # refused before anything is written

@@ -1,0 +1,107 @@
+"""A run may be stopped at any moment, and nothing is lost: resumed, it ends with the weights of the run that was left alone."""
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from test_scripts import ROOT, TINY_LSMRL, fails, here, run, tensors_of
+
+LONGER = [*TINY_LSMRL, "--epochs", "4", "--steps", "30"]    # some seconds of training
+
+
+@pytest.fixture(scope="module")
+def whole(walkers, tmp_path_factory):
+    """The run that was left alone."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    result = run("train.py", "--data", walkers, "--run", folder, *LONGER)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def start(*command):
+    return subprocess.Popen([sys.executable, "train.py", *map(str, command)], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE, text=True, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+
+
+def same_run(a, b):
+    """The same weights, bit for bit, the same optimizer, the same log but for the seconds."""
+    a_tensors, b_tensors = tensors_of(a), tensors_of(b)
+    for key in a_tensors["model"]:
+        assert torch.equal(a_tensors["model"][key], b_tensors["model"][key]), key
+    for p, state in a_tensors["optimizer"]["state"].items():
+        assert all(torch.equal(state[k], b_tensors["optimizer"]["state"][p][k]) for k in state)
+    logs = [[{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (folder / "log.jsonl").read_text().splitlines()]
+            for folder in (a, b)]
+    assert logs[0] == logs[1] and len(logs[0]) == 4
+    assert json.loads((a / "results.json").read_text())["directions"] == json.loads((b / "results.json").read_text())["directions"]
+
+
+def test_ctrl_c_saves_the_step_and_says_how_to_go_on(whole, walkers, tmp_path):
+    process = start("--data", walkers, "--run", tmp_path / "run", *LONGER, "--workers", 1)
+    seen = ""
+    while not re.search(r"epoch 2/4 \d+/30 ", seen) and process.poll() is None:    # the bar skips numbers
+        seen += process.stderr.read(1)
+    os.killpg(process.pid, signal.SIGINT)    # as a terminal does: the loader processes get it too
+    rest = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in rest, rest
+    message = rest.strip().splitlines()[-1]
+    state = tensors_of(tmp_path / "run")
+    assert state["epoch"] == 1 and 1 <= state["step"] < 30
+    assert f"after step {state['step']} of epoch 2" in message and f"python train.py --resume {tmp_path / 'run'}" in message
+    fails(here("train.py", "--resume", tmp_path / "run", "--steps", 1), "--steps 1", "interrupted")
+    result = run("train.py", "--resume", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    same_run(whole, tmp_path / "run")
+
+
+def test_killed_ten_times_it_ends_as_the_run_that_was_left_alone(whole, walkers, tmp_path):
+    folder, rng, while_writing = tmp_path / "run", random.Random(5), 0
+    command = ["--data", walkers, "--run", folder, *LONGER]
+    for kill in range(10):
+        process = start(*command)
+        began, patience = time.time(), rng.uniform(1.5, 4)
+        while time.time() - began < patience and process.poll() is None:
+            if kill % 2 and folder.exists() and any(name.endswith(".tmp") for name in os.listdir(folder)):
+                while_writing += 1
+                break
+        process.kill()
+        process.communicate()
+        if (folder / "last.pt").exists():
+            tensors_of(folder)    # readable, always
+            command = ["--resume", folder]
+        elif folder.exists():    # killed before the first save: nothing to go on with
+            for path in folder.iterdir():
+                path.unlink()
+    result = run("train.py", *command)
+    assert result.returncode == 0, result.stderr
+    assert while_writing and not [p for p in folder.iterdir() if p.name.endswith(".tmp")]
+    same_run(whole, folder)
+
+
+def test_a_loss_that_is_not_finite_is_named_with_its_tracklets(whole, walkers, tmp_path):
+    before = tensors_of(whole)
+    before["model"]["bank"].fill_(0)
+    before["model"]["prompts.words"].fill_(float("nan"))
+    (tmp_path / "run").mkdir()
+    torch.save(before, tmp_path / "run" / "last.pt")
+    content = (tmp_path / "run" / "last.pt").read_bytes()
+    fails(here("train.py", "--resume", tmp_path / "run", "--epochs", 5), "is nan in epoch 5, step 1;", "Train/000", "older and good")
+    assert (tmp_path / "run" / "last.pt").read_bytes() == content
+
+
+def test_a_full_disk_keeps_the_checkpoint_and_says_so(whole, tmp_path):
+    import resource
+    (tmp_path / "run").mkdir()
+    content = (whole / "last.pt").read_bytes()
+    (tmp_path / "run" / "last.pt").write_bytes(content)
+    result = subprocess.run([sys.executable, "train.py", "--resume", tmp_path / "run", "--epochs", "5", "--steps", "1"], cwd=ROOT, text=True, capture_output=True,
+                            preexec_fn=lambda: (signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))))
+    fails(result, "last.pt cannot be written", "untouched")
+    assert (tmp_path / "run" / "last.pt").read_bytes() == content and not list((tmp_path / "run").glob("*.tmp"))
