@@ -252,7 +252,7 @@ def read_checkpoint(path):
     if not isinstance(checkpoint, dict) or not keys <= checkpoint.keys():
         raise UserError(f"{path} is no checkpoint of train.py; expected a dict with {', '.join(sorted(keys))}; the authors' "
                         "files go by --official DIR")
-    if checkpoint["method"] not in METHODS:
+    if not isinstance(checkpoint["method"], str) or checkpoint["method"] not in METHODS:
         raise UserError(f"{path} is a run of the method {checkpoint['method']!r}, not known here; expected one of "
                         f"{', '.join(METHODS)}: start from the script that adds it")
     return checkpoint
@@ -263,9 +263,16 @@ def load_run(path):
     checkpoint = read_checkpoint(path)
     try:
         config = SimpleNamespace(**checkpoint["config"])
+        height, width = config.size
+        if not all(type(n) is int and n >= 0 for n in (height - 1, width - 1, config.frames - 1, config.test_batch - 1, config.workers)):
+            raise ValueError("size, frames, test_batch or workers")
+        os.fspath(config.data)
         model = METHODS[checkpoint["method"]][0](config, len(checkpoint["classes"]), pretrained=False)
-    except (TypeError, AttributeError) as error:
-        raise UserError(f"{path} has no usable config ({error}); expected a checkpoint of this version of train.py") from None
+    except UserError:
+        raise
+    except Exception as error:    # whatever a network may say of such numbers
+        raise UserError(f"{path} has no usable config ({type(error).__name__}: {' '.join(str(error).split())[:120]}); expected a checkpoint of "
+                        "this version of train.py") from None
     fill(model, checkpoint["model"], path)
     return model.eval(), config, checkpoint["method"]
 

@@ -3,7 +3,7 @@
     python train.py                          the small preset on walkers: minutes on a laptop's CPU, offline
     python train.py --data PATH              the paper's recipe on HITSZ-VCM or BUPTCampus
     python train.py --method lsmrl ...       the second method, with its own recipe and its own small preset
-    python train.py --resume runs/NAME       goes on exactly where a run stopped
+    python train.py --resume runs/NAME       goes on exactly where a run stopped, be it by Ctrl-C or by a kill
 
 A run lives in one folder: config.json, log.jsonl (a line per epoch), last.pt, results.json, silhouettes.png (DinoGRL). The result
 is the last epoch's: choosing the best epoch by its test score would be choosing on the test set.
@@ -136,7 +136,7 @@ def parse():
         resume = resume if os.path.isdir(resume) else os.path.dirname(resume) or "."
         try:
             config = kind_of_config(**checkpoint["config"])
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise UserError(f"{resume} has another version's config ({error}); resume it with the code that wrote it") from None
         if given.get("optimizer", config.optimizer) != config.optimizer:
             raise UserError(f"--optimizer {given['optimizer']} cannot go on with the state of {config.optimizer}; drop it, or begin a new run")
@@ -150,8 +150,10 @@ def check(config):
     """Raises UserError for a configuration that cannot work."""
     for f in fields(config):
         value, least = getattr(config, f.name), f.metadata["least"]
+        if type(value) is not type(f.default) and (type(f.default), type(value)) != (float, int):    # a checkpoint may hold anything
+            raise UserError(f"{f.name} is {value!r:.60}; expected {type(f.default).__name__}, as in {f.default!r}")
         several = value if isinstance(value, tuple) else (value,)
-        if isinstance(value, tuple) and least is not None and len(value) != len(f.default):
+        if isinstance(value, tuple) and (least is not None and len(value) != len(f.default) or not all(type(v) is int for v in value)):
             raise UserError(f"--{f.name.replace('_', '-')} {written(value)}; expected {len(f.default)} numbers")
         if least is not None and not all(least <= v < math.inf for v in several):
             raise UserError(f"--{f.name.replace('_', '-')} {written(value)}; expected at least {least}" + " and finite" * isinstance(value, float))
@@ -264,22 +266,26 @@ def main():
     first_epoch, first_step, sums = 0, 0, {}
     if checkpoint:
         if checkpoint["classes"] != dataset.classes:
-            raise UserError(f"the run knows {len(checkpoint['classes'])} identities that are not the {len(dataset.classes)} of "
-                            f"{config.data}; expected the dataset it was trained on: check --data")
+            raise UserError(f"the run knows other identities than the {len(dataset.classes)} of {config.data}; expected the dataset it "
+                            "was trained on: check --data")
         fill(model, checkpoint["model"], f"{run} (with these options)")
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scheduler.load_state_dict(checkpoint["scheduler"])
-        if checkpoint["scaler"] and scaler.is_enabled():
-            scaler.load_state_dict(checkpoint["scaler"])
-        first_epoch, first_step, sums = checkpoint["epoch"], checkpoint.get("step", 0), checkpoint.get("sums", {})
+        try:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            scheduler.load_state_dict(checkpoint["scheduler"])
+            if checkpoint["scaler"] and scaler.is_enabled():
+                scaler.load_state_dict(checkpoint["scaler"])
+            first_epoch, first_step, sums = int(checkpoint["epoch"]), int(checkpoint.get("step", 0)), dict(checkpoint.get("sums", {}))
+            torch.set_rng_state(checkpoint["random"]["cpu"])
+            if device.type == "cuda" and checkpoint["random"]["cuda"] is not None:
+                torch.cuda.set_rng_state(checkpoint["random"]["cuda"], device)
+        except Exception as error:    # torch says a dozen things of a state that is none
+            raise UserError(f"{resume} can be evaluated but not resumed ({type(error).__name__}: {' '.join(str(error).split())[:120]}); expected "
+                            "last.pt as train.py wrote it") from None
         if first_step >= config.steps:
             raise UserError(f"--steps {config.steps}; {run} was interrupted after step {first_step} of an epoch; expected more steps")
         scheduler.base_lrs = rates    # the schedule's options may have been overridden
         for group, lr in zip(optimizer.param_groups, rates):
             group.update(lr=lr * rate(config)(first_epoch), initial_lr=lr, weight_decay=config.weight_decay)
-        torch.set_rng_state(checkpoint["random"]["cpu"])
-        if device.type == "cuda" and checkpoint["random"]["cuda"] is not None:
-            torch.cuda.set_rng_state(checkpoint["random"]["cuda"], device)
         checkpoint = None    # gigabytes that nobody needs any more
     run, log = run_folder(config, run, resume, dataset.name, first_epoch)
     write_json(os.path.join(run, "config.json"), asdict(config))
