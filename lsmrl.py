@@ -338,6 +338,11 @@ def centre_loss(x, label, modality):
 
 # ----------------------------------------------------------------- LSMRL ----
 
+def side_by_side(z, f):
+    """z (B, D), f (B, d) -> (B, D + d): each L2-normalised, as test compares them. [after VLD]"""
+    return torch.cat([F.normalize(z, dim=1), F.normalize(f, dim=1)], dim=1)
+
+
 class LSMRL(nn.Module):
     """The whole method. classes: training identities; clip: see load_clip, its positions already resized.
 
@@ -383,8 +388,7 @@ class LSMRL(nn.Module):
 
     def embed(self, frames, modality):
         """frames (B, T, 3, H, W), modality (B,) not used: words know none -> (B, 1, D + d) float32, z and f of length 1 each."""
-        _, z, f = self.features(frames, self.bank)
-        return torch.cat([F.normalize(z, dim=1), F.normalize(f, dim=1)], dim=1)[:, None]
+        return side_by_side(*self.features(frames, self.bank)[1:])[:, None]
 
     def forward(self, frames, modality, label):
         """Training step: -> named losses (weighted: the total is their sum), and what the progress bar shows."""
@@ -403,7 +407,7 @@ class LSMRL(nn.Module):
                 losses[f"identity_{name}"] = F.cross_entropy(logits, label)
                 losses[f"triplet_{name}"] = weighted_triplet_loss(x, label)
                 shown[f"accuracy_{name}"] = (logits.detach().argmax(1) == label).float().mean()
-            e = torch.cat([F.normalize(z, dim=1), F.normalize(f, dim=1)], dim=1) / math.sqrt(2)    # what test compares, of length 1
+            e = side_by_side(z, f) / math.sqrt(2)    # what test compares, of length 1
             further = {"text": lambda: F.cross_entropy(f @ t.t(), label),
                        "contrast": lambda: contrast_loss(e, label, modality),
                        "centre": lambda: centre_loss(e, label, modality)}

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from test_scripts import ROOT, TINY_LSMRL, fails, here, run, tensors_of
+from test_scripts import ROOT, TINY_LSMRL, fails, here, run, same_bits, tensors_of
 
 LONGER = [*TINY_LSMRL, "--epochs", "4", "--steps", "30"]    # some seconds of training
 
@@ -32,11 +32,7 @@ def start(*command):
 
 def same_run(a, b):
     """The same weights, bit for bit, the same optimizer, the same log but for the seconds."""
-    a_tensors, b_tensors = tensors_of(a), tensors_of(b)
-    for key in a_tensors["model"]:
-        assert torch.equal(a_tensors["model"][key], b_tensors["model"][key]), key
-    for p, state in a_tensors["optimizer"]["state"].items():
-        assert all(torch.equal(state[k], b_tensors["optimizer"]["state"][p][k]) for k in state)
+    same_bits(tensors_of(a), tensors_of(b))
     logs = [[{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (folder / "log.jsonl").read_text().splitlines()]
             for folder in (a, b)]
     assert logs[0] == logs[1] and len(logs[0]) == 4

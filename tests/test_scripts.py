@@ -72,6 +72,14 @@ def tensors_of(run_folder):
     return torch.load(Path(run_folder) / "last.pt", weights_only=True)
 
 
+def same_bits(a, b):
+    """Two checkpoints: the same weights and optimizer state, bit for bit."""
+    for key in a["model"]:
+        assert torch.equal(a["model"][key], b["model"][key]), key
+    for p, state in a["optimizer"]["state"].items():
+        assert all(torch.equal(state[k], b["optimizer"]["state"][p][k]) for k in state)
+
+
 def test_a_run_leaves_what_it_promises(trained, walkers):
     folder, result = trained
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "last.pt", "log.jsonl", "results.json", "silhouettes.png"]
@@ -100,10 +108,7 @@ def test_two_epochs_are_one_and_one_resumed_bit_for_bit(trained, walkers, tmp_pa
     assert result.returncode == 0, result.stderr
     a, b = tensors_of(whole), tensors_of(parts)
     assert a["epoch"] == b["epoch"] == 2
-    for key in a["model"]:
-        assert torch.equal(a["model"][key], b["model"][key]), key
-    for p, state in a["optimizer"]["state"].items():
-        assert all(torch.equal(state[k], b["optimizer"]["state"][p][k]) for k in state)
+    same_bits(a, b)
     assert json.loads((whole / "results.json").read_text())["directions"] == json.loads((parts / "results.json").read_text())["directions"]
     assert [json.loads(s)["epoch"] for s in (parts / "log.jsonl").read_text().splitlines()] == [1, 2]
     once_more = run("train.py", "--resume", parts)
@@ -229,10 +234,7 @@ def test_lsmrl_resumes_bit_for_bit_and_as_itself(trained_lsmrl, walkers, tmp_pat
     result = run("train.py", "--resume", parts, "--epochs", 2, "--workers", 1)
     assert result.returncode == 0, result.stderr
     a, b = tensors_of(whole), tensors_of(parts)
-    for key in a["model"]:
-        assert torch.equal(a["model"][key], b["model"][key]), key
-    for p, state in a["optimizer"]["state"].items():
-        assert all(torch.equal(state[k], b["optimizer"]["state"][p][k]) for k in state)
+    same_bits(a, b)
     slow, fast = b["optimizer"]["param_groups"]
     assert fast["lr"] == pytest.approx(b["config"]["boost"] * slow["lr"]) and b["config"]["optimizer"] == "AdamW"
     for given, words in ((["--method", "dinogrl"], ["--method dinogrl", "lsmrl"]), (["--optimizer", "Adam"], ["--optimizer Adam", "AdamW"])):
