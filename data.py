@@ -5,13 +5,15 @@
        test:  every test tracklet once, in order                          -> Frames -> uint8 (B,T,3,H,W) -> normalise
 
 PATH may be HITSZ-VCM in any of its three layouts, or BUPTCampus; which one is seen from its files (README, Data).
-`python data.py PATH` prints the statistics and every problem: run it once before the first training.
+`python data.py PATH` prints the statistics and every problem: run it once before the first training. Anything else that a camera
+recorded is footage: read_footage, for `python evaluate.py --query DIR --gallery DIR`.
 
 Quick question: why does every frame of a tracklet get the same crop, flip and erased rectangle? (Drawn anew per frame,
 a walking person would jump and turn about six times a second, and gait is what moves.)
 
 Ours, not the paper's: one draw of the augmentation per tracklet; the pad of the random crop scales with the image (10
-pixels at height 256); an order of identities, tracklets and frames that depends on seed and epoch alone; the checks.
+pixels at height 256); an order of identities, tracklets and frames that depends on seed and epoch alone; the checks; footage;
+several processes (torchrun).
 """
 import argparse
 import json
@@ -26,6 +28,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
@@ -41,10 +44,16 @@ class UserError(Exception):
 def cli(main):
     """Runs main(); a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
     try:
-        sys.exit(main())
+        code = main()
+        if processes()[1] > 1:
+            dist.destroy_process_group()
+        sys.exit(code)
     except UserError as error:
         # A DataLoader worker hands its exception on as a whole traceback, whose last line is the message.
-        tqdm.write("error: " + str(error).strip().splitlines()[-1].split("UserError: ")[-1], file=sys.stderr)    # past open bars
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or processes()[1] > 1:    # before torchrun's processes have joined, all say the same
+            tqdm.write("error: " + f"(process {rank}) " * (rank != "0") + str(error).strip().splitlines()[-1].split("UserError: ")[-1],
+                       file=sys.stderr)    # past open bars
         sys.exit(2)
     except OSError as error:    # too many open files, a vanished disk: the system's own words
         tqdm.write(f"error: {error}; check the disk, the permissions and --workers", file=sys.stderr)
@@ -52,6 +61,34 @@ def cli(main):
     except KeyboardInterrupt as stop:    # train.py says in it how to go on
         tqdm.write(str(stop) or "interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def processes():
+    """-> this process's rank and their number; (0, 1) unless torchrun started several."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+class Gathered(torch.autograd.Function):
+    """See gathered."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(processes()[1])]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        rank, world = processes()
+        return world * gradient.chunk(world)[rank]
+
+
+def gathered(x):
+    """x (B, ...) of this process -> (world * B, ...) of all of them, in order of rank; x itself where there is one.
+
+    For losses that compare tracklets: every process computes the same loss of the whole batch, and each sends the gradient of its own
+    part back. DistributedDataParallel then takes the mean over processes where a sum is due: hence `world *` above. [ours]"""
+    return x if processes()[1] == 1 else Gathered.apply(x)
 
 
 def option(default, help, least=None):
@@ -63,7 +100,8 @@ def option(default, help, least=None):
 
 @dataclass(frozen=True)
 class Tracklet:
-    """One person before one camera: paths of its frames in order. modality: "visible" or "infrared"."""
+    """One person before one camera: paths of its frames in order ("clip.gif#3": the picture of that number, from 0, of an animated
+    file). modality: "visible" or "infrared"."""
     frames: tuple
     pid: int
     camera: str
@@ -278,6 +316,68 @@ def load_dataset(path, auxiliary=False):
     return dataset
 
 
+# ---------------------------------------------------------------- footage ----
+
+ANIMATED = re.compile(r"(.+\.(?:gif|tiff?|webp))#(\d+)", re.IGNORECASE | re.DOTALL)
+
+
+def natural(name):
+    """Sort key: frame2 before frame10."""
+    return [int(word) if word.isdecimal() else word for word in re.split("([0-9]+)", name.lower())], name
+
+
+def read_footage(path, modality):
+    """A user's own footage -> {name: Tracklet} in natural order; pid -1, camera "". [ours]
+
+    path: a folder with a folder of frames per tracklet, at any depth (the names are relative to it), or a folder of frames. An
+    animated GIF or WebP or a TIFF of several pages, there or given itself, is a tracklet too. Raises UserError."""
+    if not os.path.exists(path):
+        raise UserError(f"no folder {path}; expected a folder of frames per tracklet; check the path")
+    path = os.path.normpath(path)
+    readable = {extension for extension, name in Image.registered_extensions().items() if name in Image.OPEN}
+    found, ignored = {}, set()    # found: path of folder or animated file -> its frames
+
+    def unreadable(error):    # os.walk would leave the folder out in silence
+        raise error
+
+    whole = os.walk(path, onerror=unreadable, followlinks=True) if os.path.isdir(path) else [(os.path.dirname(path), [], [os.path.basename(path)])]
+    for folder, folders, files in whole:
+        here = os.path.join(os.path.realpath(folder), "")
+        folders[:] = [f for f in folders if not f.startswith(".")
+                      and not here.startswith(os.path.join(os.path.realpath(os.path.join(folder, f)), ""))]    # a link may lead back up
+        for name in sorted(files, key=natural):
+            file, extension = os.path.join(folder, name), os.path.splitext(name)[1].lower()
+            if name.startswith(".") or extension not in readable:
+                ignored.add(extension or name)
+                continue
+            pictures = 1
+            if ANIMATED.fullmatch(name + "#0"):
+                try:
+                    with Image.open(file) as image:
+                        pictures = getattr(image, "n_frames", 1)
+                except Exception as error:    # pillow raises a dozen types for a bad file
+                    raise UserError(f"{file} cannot be read as an image ({' '.join(str(error).split())[:120]}); export it again or remove it") from None
+            if pictures > 1:
+                found[file] = [f"{file}#{n}" for n in range(pictures)]
+            else:
+                found.setdefault(folder if os.path.isdir(path) else file, []).append(file)
+    for frames in found.values():
+        folder = os.path.dirname(frames[0])
+        while len(folder) > len(path):
+            folder = os.path.dirname(folder)
+            if folder in found:
+                raise UserError(f"{folder} holds {len(found[folder])} loose frames beside folders of frames; expected one or the other; move "
+                                "them into a folder of their own")
+    if not found:
+        raise UserError(f"no frames under {path}" + f" (only {' '.join(sorted(ignored)[:5])} files)" * bool(ignored) + "; expected a folder of "
+                        "images per tracklet; of a video, extract the frames first")
+    tracklets = {}
+    for place, frames in found.items():
+        name = os.path.basename(os.path.abspath(path)) if place == path else os.path.relpath(place, path).replace(os.sep, "/")
+        tracklets[name] = Tracklet(tuple(frames), -1, "", modality)
+    return {name: tracklets[name] for name in sorted(tracklets, key=natural)}
+
+
 # ----------------------------------------------------------------- frames ----
 
 def frame_indices(n, T, rng=None, rule="chunks"):
@@ -291,9 +391,17 @@ def frame_indices(n, T, rng=None, rule="chunks"):
 
 
 def read_frame(path, size):
-    """One image -> uint8 (3, H, W), resized bilinearly. Raises UserError that names an unreadable file."""
+    """One image -> uint8 (3, H, W), resized bilinearly. Raises UserError that names an unreadable file.
+
+    Deeper pictures than 8 bits, as thermal cameras write them, are stretched from their darkest to their brightest value."""
+    animated = ANIMATED.fullmatch(path)
     try:
-        with Image.open(path) as image:
+        with Image.open(animated[1] if animated else path) as image:
+            if animated:
+                image.seek(int(animated[2]))
+            if image.mode[0] in "IF":    # I, F, I;16 and its byte orders
+                deep = np.nan_to_num(np.asarray(image, np.float32))
+                image = Image.fromarray(((deep - deep.min()) * (255 / max(np.ptp(deep), 1e-6))).astype(np.uint8))
             image = image.convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR)
     except Exception as error:    # pillow raises a dozen types for a bad file
         raise UserError(f"{path} cannot be read as an image ({' '.join(str(error).split())[:120]}); "

@@ -1,158 +1,133 @@
-"""Evaluation: every test tracklet embedded once, both directions ranked, CMC, mAP and mINP; tables and pictures.
+"""Evaluation: every test tracklet embedded once, both directions ranked, CMC, mAP and mINP; or a search in one's own footage.
 
-    python evaluate.py --checkpoint RUN [--data PATH]          a run of train.py
-    python evaluate.py --official DIR --data PATH              the authors' three files
+    python evaluate.py --checkpoint RUN [--data PATH]                    a run of train.py
+    python evaluate.py --official DIR --data PATH                        the authors' three files
+    python evaluate.py --checkpoint RUN --query DIR --gallery DIR        who of the gallery is this? (a FILE.npz of --save goes too)
 
     test tracklets -> embed -> (N, parts, dim) --+-- infrared->visible: query x gallery distances -> ranks -> results
                                                  +-- visible->infrared: the same embeddings, roles swapped
+    own footage    -> embed -> FILE.npz -> read piece by piece -> the nearest of each query
 
-The distance of two tracklets is the mean over parts of the Euclidean distance. A tie counts against the query, so
-constant embeddings score as badly as they should. AP is the mean of the precision at each hit: hit-miss-hit is 5/6.
+How embeddings become ranks stands in ranking.py, how pictures are drawn in pictures.py.
 
-Quick question: why does mINP fall when mAP hardly moves? (It asks how far one must scroll for the *last* tracklet of
-the person; one hard tracklet in a hundred spoils it.)
+Quick question: why is every test tracklet embedded once, though each takes part in both directions? (Its embedding does not
+depend on who asks. A loader per direction, as is usual, does the same work twice.)
 
-Ours, not the paper's: mINP beside CMC and mAP; the silhouettes' IoU where true masks are at hand; float32 (on CUDA with
-cuDNN's TF32 convolutions, except for --official).
+Ours, not the paper's: the silhouettes' IoU where true masks are at hand; float32 (on CUDA with cuDNN's TF32 convolutions, except
+for --official); --rerank, --all-frames and the search in one's own footage.
 """
 import argparse
 import json
+import math
 import os
+import tempfile
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+import torch.distributed as dist
 from tqdm import tqdm
 
 import lsmrl
 import model as dinogrl
-from data import INFRARED, VISIBLE, Frames, UserError, cli, ignore_interrupts, load_dataset, normalise, read_frame
-from sasgl import choose_body, fill, read_tensors
+from data import (INFRARED, VISIBLE, Dataset, Frames, UserError, Tracklet, cli, frame_indices, ignore_interrupts, load_dataset, normalise, processes,
+                  read_footage)
+from pictures import draw_ranking, draw_silhouettes, evenly, samples, silhouette_iou
+from ranking import Stored, codes, distances, fingerprint, nearest, rerank, score, write_embeddings
+from sasgl import fill, read_tensors
 
 # method: (build(config, classes, pretrained) -> model, its options)
 METHODS = {"dinogrl": (dinogrl.build, dinogrl.Options), "lsmrl": (lsmrl.build, lsmrl.Options)}
 
 
-# ------------------------------------------------------------ distances, ranks ----
-
-def distances(query, gallery, rows=256):
-    """query (Q, P, D), gallery (G, P, D) -> (Q, G): mean over the P parts of the Euclidean distance.
-
-    In blocks of `rows` queries and one part at a time: beside the result, memory is a few rows x G floats. Centred on
-    the gallery's mean first, which changes no distance and saves float32 from cancellation."""
-    result = torch.zeros(len(query), len(gallery), device=query.device)
-    for p, centre in enumerate(gallery.mean(0)):
-        g = gallery[:, p] - centre
-        for q, block in zip(query[:, p].split(rows), result.split(rows)):
-            block += torch.cdist(q - centre, g)
-    return result / query.shape[1]
-
-
-def rank(distance, match, valid):
-    """distance (Q, G), match and valid (Q, G) bool -> rank of the first hit, AP, INP, each (Q,); NaN without a match.
-
-    match: the gallery tracklet is the query's person. valid: it counts at all. No row is sorted: for each hit it is
-    enough to count the wrong ones that are as near or nearer."""
-    match, wrong = match & valid, ~match & valid
-    K = match.sum(1)    # hits of each query
-    hits = distance.masked_fill(~match, torch.inf).topk(max(1, int(K.max())), largest=False).values    # (Q, K) ascending
-    # A wrong tracklet at distance d comes before every hit at d or farther (ties count against the query), so it is
-    # enough to know how many hits are strictly nearer than d, and to sum up from the left.
-    nearer_hits = torch.searchsorted(hits, distance.contiguous())    # (Q, G) in 0..K
-    wrong_before = torch.zeros(len(distance), hits.shape[1] + 1, device=distance.device)
-    wrong_before = wrong_before.scatter_add_(1, nearer_hits, wrong.float()).cumsum(1)[:, :-1]    # (Q, K)
-    order = torch.arange(1, hits.shape[1] + 1, device=distance.device)
-    position = wrong_before + order    # rank of the k-th hit
-    real = order <= K[:, None]
-    ap = (order / position * real).sum(1) / K
-    last = position.gather(1, (K - 1).clamp(min=0)[:, None])[:, 0]
-    none = torch.where(K > 0, 0.0, torch.nan)
-    return position[:, 0] + none, ap + none, K / last + none
-
-
-def score(distance_of, query, gallery, block=1024):
-    """The results of one direction, a block of queries at a time. distance_of(rows) -> (len(rows), G); query and gallery:
-    (pid, camera or None) as integer tensors. Raises UserError if nothing can be ranked."""
-    (query_pid, query_camera), (gallery_pid, gallery_camera) = query, gallery
-    parts = []
-    for rows in torch.arange(len(query_pid)).split(block):
-        distance = distance_of(rows)
-        if not distance.isfinite().all():
-            raise UserError("the distances are not finite; the model's embeddings hold NaN or infinity: train with a "
-                            "lower --lr or with --precision float32")
-        match = (query_pid[rows][:, None] == gallery_pid).to(distance.device)
-        valid = torch.ones_like(match)
-        if query_camera is not None:    # same person before the same camera: too easy, ignored
-            valid = ~(match & (query_camera[rows][:, None] == gallery_camera).to(match.device))
-        parts.append(torch.stack(rank(distance, match, valid)).cpu())
-    first, ap, inp = torch.cat(parts, dim=1).double()
-    kept = ~first.isnan()
-    if not kept.any():
-        raise UserError(f"none of {len(first)} queries has its person in the gallery of {len(gallery_pid)}; nothing to rank: "
-                        "check the dataset with python data.py")
-    results = {f"rank-{r}": (first[kept] <= r).double().mean().item() for r in (1, 5, 10, 20)}
-    return {**results, "mAP": ap[kept].mean().item(), "mINP": inp[kept].mean().item(),
-            "queries": int(kept.sum()), "gallery": len(gallery_pid)}
-
-
-def codes(*sequences):
-    """Sequences of pids or cameras -> integer tensors, equal where the values are."""
-    unique, inverse = np.unique(np.concatenate([np.asarray(s) for s in sequences]), return_inverse=True)
-    return torch.from_numpy(inverse).split([len(s) for s in sequences])
-
-
-def metrics(distance, query_pid, gallery_pid, query_camera=None, gallery_camera=None):
-    """distance (Q, G) -> {"rank-1", "rank-5", "rank-10", "rank-20", "mAP", "mINP", "queries", "gallery"}, fractions of 1.
-
-    queries: those with their person in the gallery; the others are left out. With cameras given, gallery tracklets of
-    the query's pid and camera are ignored. Raises UserError if nothing can be ranked."""
-    pids = codes(query_pid, gallery_pid)
-    cameras = codes(query_camera, gallery_camera) if query_camera is not None else (None, None)
-    return score(lambda rows: distance[rows], *zip(pids, cameras))
-
-
 # ------------------------------------------------------------------ evaluation ----
 
+def clips(tracklet, T, rule="chunks"):
+    """--all-frames: a tracklet of n frames -> ceil(n / T) of T frames each, which together hold every frame. Clip j takes the j-th frame
+    of each of T chunks, so that each spans the whole walk, as the clips of training do; clip 0 is the usual one. [ours]"""
+    n = len(tracklet.frames)
+    return [Tracklet(tuple(tracklet.frames[min(i + j, n - 1)] for i in frame_indices(n, T, rule=rule)), tracklet.pid, tracklet.camera,
+                     tracklet.modality) for j in range(math.ceil(n / T))]
+
+
 @torch.inference_mode()
-def embed_tracklets(model, dataset, config, device):
-    """Embeds every test tracklet once, in order -> (N, parts, dim) float32 on the CPU."""
+def embed_tracklets(model, tracklets, config, device, rule="chunks", all_frames=False):
+    """Yields each tracklet's embedding (parts, dim), in order, float32 on the CPU; all_frames: the mean over its clips."""
     model.eval()
+    parts_of = [clips(t, config.frames, rule) if all_frames else [t] for t in tracklets]
     loader = torch.utils.data.DataLoader(
-        Frames(dataset.test, size=config.size, T=config.frames, rule=dataset.test_frames),
+        Frames([clip for parts in parts_of for clip in parts], size=config.size, T=config.frames, rule=rule),
         batch_size=config.test_batch, num_workers=config.workers, pin_memory=device.type == "cuda",
         worker_init_fn=ignore_interrupts, generator=torch.Generator())
-    embeddings = None
-    with tqdm(total=len(dataset.test), desc="embedding", unit="tracklet", leave=False) as bar:
-        for frames, modality, index in loader:
-            parts = model.embed(normalise(frames.to(device, non_blocking=True)), modality.to(device)).cpu()
-            if embeddings is None:
-                embeddings = torch.empty(len(dataset.test), *parts.shape[1:])
-            embeddings[index] = parts
-            bar.update(len(index))
-    return embeddings
+    with tqdm(total=len(tracklets), desc="embedding", unit="tracklet", leave=False, disable=processes()[0] > 0) as bar:
+        waiting, done = [], 0
+        for frames, modality, _ in loader:
+            waiting += model.embed(normalise(frames.to(device, non_blocking=True)), modality.to(device)).cpu()
+            while done < len(tracklets) and len(waiting) >= len(parts_of[done]):
+                n = len(parts_of[done])
+                yield waiting[0] if n == 1 else torch.stack(waiting[:n]).mean(0)
+                del waiting[:n]
+                done += 1
+                bar.update()
 
 
-def evaluate(model, dataset, config, device):
-    """-> the results of both directions with the silhouettes' IoU (results.json without its head), the embeddings."""
-    embeddings = embed_tracklets(model, dataset, config, device)
+def stacked(embeddings, N):
+    """N embeddings (parts, dim), one after the other -> (N, parts, dim)."""
+    result = None
+    for i, embedding in enumerate(embeddings):
+        result = torch.empty(N, *embedding.shape) if result is None else result
+        result[i] = embedding
+    return result
+
+
+def embed_shared(model, tracklets, config, device, **how):
+    """embed_tracklets, each process taking its share -> (N, parts, dim) in process 0, None in the others."""
+    rank, world = processes()
+    shares = [len(share) for share in np.array_split(np.arange(len(tracklets)), world)]
+    first = sum(shares[:rank])
+    mine = stacked(embed_tracklets(model, tracklets[first:first + shares[rank]], config, device, **how), shares[0])    # the first is the largest
+    if world == 1:
+        return mine
+    mine = mine.to(device)
+    everyone = [torch.empty_like(mine) for _ in shares] if rank == 0 else None
+    dist.gather(mine, everyone)
+    return torch.cat([part[:n] for part, n in zip(everyone, shares)]).cpu() if rank == 0 else None
+
+
+def evaluate(model, dataset, config, device, *, reranked=False, all_frames=False, top=0):
+    """-> the results of both directions with the silhouettes' IoU (results.json without its head), the embeddings, and for
+    draw_ranking the `top` nearest of four queries of each direction, evenly taken. In all processes but the first: None."""
+    embeddings = embed_shared(model, dataset.test, config, device, rule=dataset.test_frames, all_frames=all_frames)
+    if embeddings is None:
+        return None, None, None
     pid, camera = codes([t.pid for t in dataset.test])[0], codes([t.camera for t in dataset.test])[0]
-    results = {}
+    results, lists = {}, []
     for direction, (query, gallery) in dataset.directions.items():
-        query = torch.tensor(query)
+        query, gallery = torch.tensor(query), torch.tensor(gallery)
         gallery_parts = embeddings[gallery].to(device)
+        if reranked:
+            everyone = torch.cat([embeddings[query].to(device), gallery_parts])
+            distance = rerank(distances(everyone, everyone), len(query))
+            del everyone
+        distance_of = lambda rows: distance[rows.to(device)] if reranked else distances(embeddings[query[rows]].to(device), gallery_parts)
         cameras = (camera[query], camera[gallery]) if dataset.ignore_same_camera else (None, None)
-        results[direction] = score(lambda rows: distances(embeddings[query[rows]].to(device), gallery_parts),
-                                   (pid[query], cameras[0]), (pid[gallery], cameras[1]))
-    return {"directions": results, "silhouette_iou": silhouette_iou(model, dataset, config, device)}, embeddings
+        results[direction] = score(distance_of, (pid[query], cameras[0]), (pid[gallery], cameras[1]))
+        for row in evenly(range(len(query)), 4) if top else []:
+            q, found = dataset.test[query[row]], distance_of(torch.tensor([row]))[0].cpu()
+            if dataset.ignore_same_camera:
+                found[(pid[gallery] == pid[query[row]]) & (camera[gallery] == camera[query[row]])] = torch.inf
+            ranked = [(f"{t.camera}, person {t.pid}", t.frames, d, t.pid == q.pid)
+                      for d, t in ((found[g].item(), dataset.test[gallery[g]]) for g in found.argsort(stable=True)[:top]) if d < math.inf]
+            lists.append((f"{direction}: {q.camera}, person {q.pid}", q.frames, ranked))
+    return {"directions": results, "silhouette_iou": silhouette_iou(model, dataset, config, device)}, embeddings, lists
 
 
 def table(results):
     """Results -> the table as text, in per cent."""
     figures = "rank-1", "rank-5", "rank-10", "rank-20", "mAP", "mINP"
-    lines = [f"{'':20}" + "".join(f"{k:>9}" for k in (*figures, "queries", "gallery"))]
+    special = [words for key, words in (("rerank", "re-ranked (k-reciprocal)"), ("all_frames", "all frames")) if results.get(key)]
+    lines = [f"{', '.join(special)}:"] * bool(special) + [f"{'':20}" + "".join(f"{k:>9}" for k in (*figures, "queries", "gallery"))]
     for direction, r in results["directions"].items():
         lines.append(f"{direction:20}" + "".join(f"{100 * r[k]:9.2f}" for k in figures) + f"{r['queries']:9,}{r['gallery']:9,}")
     if results.get("silhouette_iou") is not None:
@@ -160,65 +135,48 @@ def table(results):
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------ silhouettes ----
+# ---------------------------------------------------------------------- search ----
 
-def true_mask(dataset, frame, size):
-    """The true silhouette of a frame, bool (H, W), where the dataset has masks/ (walkers do); else None."""
-    path = os.path.join(dataset.root, "masks", os.path.splitext(os.path.relpath(frame, dataset.root))[0] + ".png")
-    return read_frame(path, size)[0] > 127 if os.path.isfile(path) else None
-
-
-@torch.inference_mode()
-def look_at(model, dataset, tracklets, config, device):
-    """Yields for each tracklet: frames uint8 (T,3,H,W), View, true masks bool (T,H,W) or None."""
-    model.eval()
-    frames_of = Frames(tracklets, size=config.size, T=config.frames, rule=dataset.test_frames)
-    for i in range(len(tracklets)):
-        frames = frames_of[i][0]
-        masks = [true_mask(dataset, path, config.size) for path in frames_of.paths(i)]
-        masks = None if any(m is None for m in masks) else torch.stack(masks)
-        yield frames, model.sasgl.look(normalise(frames.to(device))), masks
+def is_kept(path):
+    """Is --gallery a FILE.npz?"""
+    return os.path.isfile(path) and path.lower().endswith(".npz")
 
 
-def silhouette_iou(model, dataset, config, device, tracklets=32):
-    """Mean intersection over union of silhouette (>= 0.5, at the frames' size) and true mask, over the frames of
-    `tracklets` test tracklets evenly taken; None without masks or without silhouettes."""
-    if getattr(model, "sasgl", None) is None or not os.path.isdir(os.path.join(dataset.root, "masks")):
-        return None
-    some = [dataset.test[i] for i in np.unique(np.linspace(0, len(dataset.test) - 1, tracklets).astype(int))]
-    ious = []
-    for _, view, masks in look_at(model, dataset, some, config, device):
-        if masks is None:
-            continue
-        seen = F.interpolate(view.silhouette[:, None], config.size, mode="bilinear", align_corners=False)[:, 0].cpu() >= 0.5
-        ious.append((seen & masks).sum((1, 2)) / (seen | masks).sum((1, 2)).clamp(min=1))
-    return torch.cat(ious).mean().item() if ious else None
-
-
-def draw_silhouettes(path, model, dataset, config, device, each=2, height=128):
-    """Writes a picture, a column per tracklet (`each` test tracklets of both modalities): its frames, the body
-    probability, the silhouette, and the true mask where there is one."""
-    some = [t for m in (VISIBLE, INFRARED)
-            for t in [t for t in dataset.test if t.modality == m][::max(1, len(dataset.test) // (2 * each))][:each]]
-    columns = []
-    for frames, view, masks in look_at(model, dataset, some, config, device):
-        columns.append({"frames": frames / 255, "body probability": choose_body(view.mask), "silhouette": view.silhouette}
-                       | ({} if masks is None else {"true mask": masks}))
-    width, left, top, gap = height * config.size[1] // config.size[0], 124, 24, 8
-    column_width = config.frames * width + gap
-    sheet = Image.new("RGB", (left + len(some) * column_width, top + len(columns[0]) * (height + gap)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
-    for c, (t, column) in enumerate(zip(some, columns)):
-        x = left + c * column_width
-        draw.text((x, 4), f"{t.modality}, person {t.pid}, camera {t.camera}", fill="black", font=font)
-        for r, (name, images) in enumerate(column.items()):
-            y = top + r * (height + gap)
-            draw.text((6, y + height // 2 - 8), name, fill="black", font=font)
-            images = images.float().cpu() if images.ndim == 4 else images.float().cpu()[:, None].expand(-1, 3, -1, -1)
-            images = F.interpolate(images, (height, width), mode="bilinear", align_corners=False).clamp(0, 1)
-            row = (images.permute(2, 0, 3, 1).reshape(height, -1, 3) * 255).byte().numpy()    # T frames side by side
-            sheet.paste(Image.fromarray(row), (x, y))
-    write_atomic(path, lambda file: sheet.save(file, format="PNG"))
+def search(args, model, config, device):
+    """--query and --gallery: prints the ranked list of each query -> what --json writes, without its head. Raises UserError."""
+    queries = read_footage(args.query, args.query_modality) if args.query else {}
+    embed = lambda tracklets: embed_tracklets(model, list(tracklets.values()), config, device, all_frames=args.all_frames)
+    with tempfile.TemporaryDirectory() as scratch:
+        file = args.gallery if is_kept(args.gallery) else args.save or os.path.join(scratch, "gallery.npz")
+        if not is_kept(args.gallery):
+            gallery = read_footage(args.gallery, args.gallery_modality or VISIBLE)
+            write_atomic(file, lambda open_file: write_embeddings(open_file, list(gallery), list(gallery.values()), embed(gallery), model))
+        stored = Stored(file)
+        if stored.model != fingerprint(model):
+            raise UserError(f"{file} was embedded by another model; expected the one of {args.checkpoint or args.official}: embed the gallery again")
+        if args.save:
+            print(f"{stored.shape[0]:,} tracklets embedded in {args.save}")
+        if not queries:
+            return None
+        rows = max(1, 2 ** 24 // math.prod(stored.shape[1:]))    # 64 MB of float32
+        piece = lambda start, stop: torch.from_numpy(stored.rows("embedding", start, stop)).to(device)
+        results = nearest(stacked(embed(queries), len(queries)).to(device), piece, stored.shape[0], args.top, rows)
+        found, lists = [], []
+        for (name, t), distance, index in zip(queries.items(), *(x.tolist() for x in results)):
+            print(f"{name} ({t.modality}, {len(t.frames)} frame{'s' * (len(t.frames) > 1)}), the nearest of {stored.shape[0]:,}:")
+            ranked = [(d, *(stored.rows(column, g, g + 1)[0].tolist() for column in ("name", "modality", "shown"))) for d, g in zip(distance, index)]
+            for r, (d, other, modality, _) in enumerate(ranked, 1):
+                print(f"{r:6}{d:12.4f}  {modality:10}{other}")
+            found.append({"query": name, "modality": t.modality, "frames": len(t.frames),
+                          "ranked": [{"tracklet": other, "modality": modality, "distance": d} for d, other, modality, _ in ranked]})
+            lists.append((f"{name}, {t.modality}", t.frames, [(other, shown, d, None) for d, other, _, shown in ranked]))
+    if args.figure:
+        write_picture(args.figure, draw_ranking(lists[:50], config.size))    # more would be no picture
+        if len(lists) > 50:
+            print(f"{args.figure} shows the first 50 of {len(lists):,} queries")
+    if args.silhouettes:
+        write_picture(args.silhouettes, draw_silhouettes(model, Dataset("footage", args.query), evenly(list(queries.values()), 4), config, device))
+    return {"gallery": stored.shape[0], "queries": found}
 
 
 # ------------------------------------------------------------------------ files ----
@@ -232,7 +190,7 @@ def write_atomic(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:    # torch.save raises RuntimeError on a full disk
+    except OSError as error:
         raise UserError(f"{path} cannot be written ({' '.join(str(error).split())[:120]}); what stood there before is untouched: "
                         "free some space or choose another folder") from None
     finally:
@@ -242,6 +200,10 @@ def write_atomic(path, write):
 
 def write_json(path, value):
     write_atomic(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
+
+
+def write_picture(path, picture):
+    write_atomic(path, lambda file: picture.save(file, format="PNG"))
 
 
 def read_checkpoint(path):
@@ -278,14 +240,23 @@ def load_run(path):
 
 
 def choose_device(name):
-    """"" (CUDA if there is one), cuda, cuda:1, cpu -> torch.device. Raises UserError if it cannot be used."""
+    """"" (CUDA if there is one), cuda, cuda:1, cpu -> torch.device; under torchrun each process's own, and the processes join.
+    Raises UserError if it cannot be used."""
+    together = dist.is_available() and dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if together and name == "cuda":
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("not supported")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used ({str(error).splitlines()[0][:80]}); expected cuda, cuda:1, ... or cpu") from None
+    if together and processes()[1] == 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
 
@@ -295,16 +266,36 @@ def main():
     which.add_argument("--checkpoint", metavar="RUN", help="a run's folder, or its last.pt")
     which.add_argument("--official", metavar="DIR", help="the folder of the authors' best_model.pth, best_model2.pth, best_shape.pth")
     parser.add_argument("--data", metavar="PATH", help="the dataset; default: the one the run was trained on")
+    parser.add_argument("--query", metavar="DIR", help="search: whom to look for; a folder of frames per tracklet, or one such folder")
+    parser.add_argument("--gallery", metavar="DIR|FILE.npz", help="search: where to look; the same, or what --save has kept of it")
+    parser.add_argument("--query-modality", choices=(VISIBLE, INFRARED), default=INFRARED, help="default infrared")
+    parser.add_argument("--gallery-modality", choices=(VISIBLE, INFRARED), help="default visible; a FILE.npz knows its own")
+    parser.add_argument("--top", type=int, default=10, metavar="K", help="length of the ranked lists in search and --figure")
+    parser.add_argument("--rerank", action="store_true", help="k-reciprocal re-ranking: better figures from a closed gallery, labelled as such")
+    parser.add_argument("--all-frames", action="store_true", help="every frame, in clips that are averaged: slower, a little better")
     parser.add_argument("--json", metavar="FILE", help="write the results there")
-    parser.add_argument("--save", metavar="FILE.npz", help="write embedding (N, parts, dim), pid, camera, modality, first frame")
+    parser.add_argument("--save", metavar="FILE.npz", help="keep the embeddings (search: the gallery's), to be used as --gallery")
+    parser.add_argument("--figure", metavar="FILE.png", help="draw ranked lists: green frame the right person, red a wrong one")
+    parser.add_argument("--silhouettes", metavar="FILE.png", help="draw what the model sees (DinoGRL)")
     parser.add_argument("--test-batch", type=int, help="tracklets at a time; lower it if memory runs out")
     parser.add_argument("--workers", type=int, help="loader processes; about the number of cores")
     parser.add_argument("--frames", type=int, help="frames per tracklet; default the run's, 6 for --official; fewer: faster, worse")
     parser.add_argument("--device", default="", help="cuda, cuda:1, cpu; default: cuda if there is one")
     args = parser.parse_args()
-    if args.official and not args.data:
+    if args.gallery == "" or args.query == "":
+        parser.error("--query or --gallery is empty; name a folder: is a shell variable unset?")
+    if args.query and not args.gallery:
+        parser.error("--query needs --gallery: where to look")
+    if args.gallery:
+        if args.data or args.rerank:
+            parser.error("--data and --rerank are for a benchmark, whose gallery is closed; drop them, or --gallery")
+        if is_kept(args.gallery) and (args.gallery_modality or args.save):
+            parser.error(f"{args.gallery} is embedded already and knows its modality; drop --gallery-modality and --save")
+        if not args.query and (not args.save or args.json or args.figure or args.silhouettes):
+            parser.error("--gallery alone only embeds: give --save FILE.npz for it, or --query DIR to search")
+    elif args.official and not args.data:
         parser.error("--official needs --data PATH")
-    for path in filter(None, (args.json, args.save)):    # before the work, not after
+    for path in filter(None, (args.json, args.save, args.figure, args.silhouettes)):    # before the work, not after
         if not os.path.isdir(os.path.dirname(path) or "."):
             raise UserError(f"no folder {os.path.dirname(path)} for {path}; make it first")
     start, device = time.time(), choose_device(args.device)
@@ -314,23 +305,38 @@ def main():
         config = SimpleNamespace(data=args.data, size=(256, 128), frames=6, test_batch=16, workers=min(8, os.cpu_count()))
     else:
         model, config, method = load_run(args.checkpoint)
-    for name, least in (("test_batch", 1), ("workers", 0), ("frames", 1)):
+    for name, least in (("test_batch", 1), ("workers", 0), ("frames", 1), ("top", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}; expected at least {least}")
         setattr(config, name, getattr(config, name) if value is None else value)
+    if args.silhouettes and getattr(model, "sasgl", None) is None:
+        raise UserError(f"--silhouettes; this {method} has none; expected a DinoGRL with its gait stream")
+    model.to(device)
+    special = {name: True for name in ("rerank", "all_frames") if getattr(args, name)}
+    if args.gallery:
+        if processes()[1] > 1:
+            raise UserError("a search runs in one process; start it by python, not by torchrun")
+        results = search(args, model, config, device)
+        if args.json:
+            write_json(args.json, {"method": method, **special, **results, "seconds": round(time.time() - start, 1)})
+        return
     dataset = load_dataset(args.data or config.data)
-    results, embeddings = evaluate(model.to(device), dataset, config, device)
-    results = {"method": method, "dataset": dataset.name, **results, "seconds": round(time.time() - start, 1)}
+    results, embeddings, lists = evaluate(model, dataset, config, device, reranked=args.rerank, all_frames=args.all_frames,
+                                          top=args.top if args.figure else 0)
+    if processes()[0]:
+        return
+    results = {"method": method, "dataset": dataset.name, **special, **results, "seconds": round(time.time() - start, 1)}
     print(table(results))
     if args.json:
         write_json(args.json, results)
     if args.save:
-        arrays = {"embedding": embeddings.numpy(), "pid": np.array([t.pid for t in dataset.test]),
-                  "camera": np.array([t.camera for t in dataset.test]),
-                  "modality": np.array([t.modality for t in dataset.test]),
-                  "frame": np.array([t.frames[0] for t in dataset.test])}
-        write_atomic(args.save, lambda file: np.savez(file, **arrays))
+        names = [os.path.relpath(t.frames[0], dataset.root) for t in dataset.test]
+        write_atomic(args.save, lambda file: write_embeddings(file, names, dataset.test, embeddings, model))
+    if args.figure:
+        write_picture(args.figure, draw_ranking(lists, config.size))
+    if args.silhouettes:
+        write_picture(args.silhouettes, draw_silhouettes(model, dataset, samples(dataset.test), config, device))
 
 
 if __name__ == "__main__":

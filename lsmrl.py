@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import UserError, option
+from data import UserError, gathered, option
 from sasgl import fill, read_tensors, state_dict
 
 # ------------------------------------------------------------------ CLIP ----
@@ -400,6 +400,8 @@ class LSMRL(nn.Module):
         streams = {"z": z, "f": f}
         if self.cmi is not None:
             streams["cmi"] = self.cmi(tokens, partners(modality, label)).float()
+        streams = {name: gathered(x) for name, x in streams.items()}    # tracklets are compared with those of all processes
+        z, f, modality, label = streams["z"], streams["f"], gathered(modality), gathered(label)
         losses, shown = {}, {}
         with torch.autocast(frames.device.type, enabled=False):    # small, and sums of exponentials: float32
             for name, x in streams.items():

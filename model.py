@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import UserError, option
+from data import UserError, gathered, option
 from pbmge import PBMGE
 from sasgl import SASGL, fill, load_dinov2, misfits, read_tensors, state_dict
 
@@ -191,7 +191,9 @@ class DinoGRL(nn.Module):
         """Training step: -> named losses (weighted: the total is their sum), and what the progress bar shows."""
         streams, view = self.streams(frames, modality)
         losses, shown = dict(view.losses) if view else {}, {}
+        label = gathered(label)    # tracklets are compared with those of all processes
         for name, parts in streams.items():
+            parts = gathered(parts)
             logits = getattr(self, f"{name}_head")(parts)
             losses[f"identity_{name}"] = identity_loss(logits, label)
             losses[f"triplet_{name}"] = triplet_loss(parts, label)

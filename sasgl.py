@@ -400,7 +400,8 @@ class SASGL(nn.Module):
 
         def encode(branch):
             code = torch.zeros(*foreground.shape, self.codes, device=frames.device)
-            if len(pixels) > 1:    # a batch norm in training needs two
+            # A batch norm in training needs two; a synchronised one waits for every process, whatever this one sees.
+            if len(pixels) > 1 or isinstance(branch.bn_s, nn.SyncBatchNorm):
                 code[foreground] = branch(pixels)
             return code.permute(0, 3, 1, 2)
 

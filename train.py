@@ -4,9 +4,14 @@
     python train.py --data PATH              the paper's recipe on HITSZ-VCM or BUPTCampus
     python train.py --method lsmrl ...       the second method, with its own recipe and its own small preset
     python train.py --resume runs/NAME       goes on exactly where a run stopped, be it by Ctrl-C or by a kill
+    torchrun --nproc_per_node=N train.py ... the same run on N GPUs (or processes of a CPU)
 
-A run lives in one folder: config.json, log.jsonl (a line per epoch), last.pt, results.json, silhouettes.png (DinoGRL). The result
-is the last epoch's: choosing the best epoch by its test score would be choosing on the test set.
+A run lives in one folder: config.json, log.jsonl (a line per epoch), last.pt, results.json, curves.png, for each evaluation a
+silhouettes-EPOCH.png (DinoGRL). The result is the last epoch's: choosing the best epoch by its test score would be choosing on the
+test set.
+
+Of several processes each takes its share of a step's identities; gathered (data.py) lets the losses that compare tracklets see them
+all, DistributedDataParallel averages the gradients, process 0 logs and saves.
 
 Quick question: where is the validation set? (Neither benchmark has one. So nothing here is chosen by a score.)
 
@@ -24,13 +29,18 @@ import signal
 import time
 from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")    # or each process warns that it found no unused parameter, before its first step
+
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import walkers
-from data import Frames, IdentitySampler, UserError, augment, cli, ignore_interrupts, is_walkers, load_dataset, option
-from evaluate import METHODS, choose_device, draw_silhouettes, evaluate, read_checkpoint, table, write_atomic, write_json
+from data import Frames, IdentitySampler, UserError, augment, cli, gathered, ignore_interrupts, is_walkers, load_dataset, option, processes
+from evaluate import METHODS, choose_device, evaluate, read_checkpoint, table, write_atomic, write_json, write_picture
+from pictures import draw_curves, draw_silhouettes, samples
 from sasgl import fill
 
 
@@ -46,7 +56,7 @@ class Config:
     # schedule
     epochs: int = option(80, "nothing moves much ten epochs after the last milestone; 0 evaluates the untrained model", 0)
     steps: int = option(200, "steps per epoch", 1)
-    identities: int = option(4, "identities per step; halve it before anything else if memory runs out", 2)
+    identities: int = option(4, "identities per step, of all processes together; halve it before anything else if memory runs out", 2)
     tracklets: int = option(4, "tracklets per identity and modality in a step; fewer than 2 starves the triplet loss", 1)
     frames: int = option(6, "frames per tracklet; more helps a little and costs in proportion", 1)
     optimizer: str = option("Adam", "Adam, or AdamW: decoupled weight decay")
@@ -203,16 +213,19 @@ def rate(config):
 
 def warm_up(model, loader, sampler, config, device):
     """Trains the module of model.warm_up_stage alone for a few steps, so that the rest never sees it untrained. [ours]"""
-    module, steps, lr = model.warm_up_stage
+    (module, steps, lr), (rank, world) = model.warm_up_stage, processes()
     optimizer = torch.optim.Adam(module.parameters(), lr=lr)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
-    step, bar = 0, tqdm(total=steps, desc="warm-up", bar_format=BAR)
+    step, bar = 0, tqdm(total=steps, desc="warm-up", bar_format=BAR, disable=rank > 0)
     while step < steps:
         sampler.epoch = 10 ** 6 + step    # batches of their own, which no epoch repeats
         for frames, modality, index in loader:
-            losses = model.warm_up(augment(frames.to(device), modality, np.random.default_rng([config.seed, step]), config.erase))
+            losses = model.warm_up(augment(frames.to(device), modality, np.random.default_rng([config.seed, step, 0, rank]), config.erase))
             optimizer.zero_grad()
             sum(losses.values()).backward()
+            for parameter in module.parameters() if world > 1 else ():    # DistributedDataParallel is for the whole model
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= world
             optimizer.step()
             scheduler.step()
             bar.set_postfix_str(brief({name: value.item() for name, value in losses.items()}))
@@ -238,17 +251,21 @@ def main():
     check(config)
     keep_memory()
     device = choose_device(config.device)
+    rank, world = processes()
     precision = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(config.precision, config.precision)
     dtype, start = getattr(torch, precision), time.time()
 
     # Data
     if not config.data:
         config.data = os.path.join("runs", "walkers")
-        walkers.make_walkers(config.data, test_identities=24)
+        if rank == 0:
+            walkers.make_walkers(config.data, test_identities=24)
+        if world > 1:
+            dist.barrier()
     dataset = load_dataset(config.data, config.auxiliary)
     label_of = {pid: label for label, pid in enumerate(dataset.classes)}
     label_of_tracklet = torch.tensor([label_of[t.pid] for t in dataset.train])
-    sampler = IdentitySampler(dataset.train, P=config.identities, K=config.tracklets, steps=config.steps, seed=config.seed)
+    sampler = IdentitySampler(dataset.train, P=config.identities, K=config.tracklets, steps=config.steps, seed=config.seed, rank=rank, world=world)
     loader = torch.utils.data.DataLoader(Frames(dataset.train, size=config.size, T=config.frames), batch_sampler=sampler,
                                          num_workers=config.workers, pin_memory=device.type == "cuda",
                                          persistent_workers=config.workers > 0, worker_init_fn=ignore_interrupts,
@@ -263,6 +280,8 @@ def main():
                                                        weight_decay=config.weight_decay)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate(config))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
+    if rank:
+        torch.manual_seed(config.seed + 10 ** 6 * rank)    # the same weights, but dropout of its own
     first_epoch, first_step, sums = 0, 0, {}
     if checkpoint:
         if checkpoint["classes"] != dataset.classes:
@@ -275,9 +294,10 @@ def main():
             if checkpoint["scaler"] and scaler.is_enabled():
                 scaler.load_state_dict(checkpoint["scaler"])
             first_epoch, first_step, sums = int(checkpoint["epoch"]), int(checkpoint.get("step", 0)), dict(checkpoint.get("sums", {}))
-            torch.set_rng_state(checkpoint["random"]["cpu"])
-            if device.type == "cuda" and checkpoint["random"]["cuda"] is not None:
-                torch.cuda.set_rng_state(checkpoint["random"]["cuda"], device)
+            for kind, restore in {"cpu": torch.set_rng_state, "cuda": torch.cuda.set_rng_state}.items():
+                states = checkpoint["random"][kind]    # a row per process
+                if kind in ("cpu", device.type) and states is not None and rank < len(torch.atleast_2d(states)):
+                    restore(torch.atleast_2d(states)[rank])
         except Exception as error:    # torch says a dozen things of a state that is none
             raise UserError(f"{resume} can be evaluated but not resumed ({type(error).__name__}: {' '.join(str(error).split())[:120]}); expected "
                             "last.pt as train.py wrote it") from None
@@ -287,21 +307,38 @@ def main():
         for group, lr in zip(optimizer.param_groups, rates):
             group.update(lr=lr * rate(config)(first_epoch), initial_lr=lr, weight_decay=config.weight_decay)
         checkpoint = None    # gigabytes that nobody needs any more
-    run, log = run_folder(config, run, resume, dataset.name, first_epoch)
-    write_json(os.path.join(run, "config.json"), asdict(config))
-    print(f"{config.method} on {dataset.name}: {len(dataset.classes)} training identities, {len(dataset.train):,} tracklets; "
-          f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters to train; {device}, {precision}; run {run}")
+    run, log = run_folder(config, run, resume, dataset.name, first_epoch) if rank == 0 else (run or "the run", [])
+    if rank == 0:
+        write_json(os.path.join(run, "config.json"), asdict(config))
+        print(f"{config.method} on {dataset.name}: {len(dataset.classes)} training identities, {len(dataset.train):,} tracklets; "
+              f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters to train; "
+              f"{device if world == 1 else f'{world} x {device.type}'}, {precision}; run {run}")
     if resume is None and config.epochs and model.warm_up_stage:
         model.train()
         warm_up(model, loader, sampler, config, device)
+    parallel = model
+    if world > 1:
+        if device.type == "cuda":    # torch has no synchronised batch norm for CPUs: there each process normalises its share
+            for name, module in model.named_children():
+                if not name.endswith(("head", "heads")):    # these see the gathered batch already
+                    setattr(model, name, torch.nn.SyncBatchNorm.convert_sync_batchnorm(module))
+        parallel = DistributedDataParallel(model, [device] if device.type == "cuda" else None, find_unused_parameters=True)    # by an ablation, say
 
     def save(epoch, step=0, sums={}):
         """Everything that going on exactly needs: `epoch` whole epochs and `step` steps of the next are done."""
+        random = {"cpu": gathered(torch.get_rng_state()[None].to(device)).cpu(),    # (processes, bytes)
+                  "cuda": gathered(torch.cuda.get_rng_state()[None].to(device)).cpu() if device.type == "cuda" else None}
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
                  "scaler": scaler.state_dict(), "epoch": epoch, "step": step, "sums": sums, "config": asdict(config),
-                 "classes": dataset.classes, "method": config.method,
-                 "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}}
-        write_atomic(os.path.join(run, "last.pt"), lambda file: torch.save(state, file))
+                 "classes": dataset.classes, "method": config.method, "random": random}
+
+        def write(file):
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:    # what torch makes of a full disk
+                raise OSError(error) from None
+        if rank == 0:
+            write_atomic(os.path.join(run, "last.pt"), write)
 
     if resume is None and config.epochs:
         save(0)    # from here on a run that is killed can be resumed
@@ -309,19 +346,20 @@ def main():
 
     def on_interrupt(*_):    # the step is finished first; a second Ctrl-C stops at once
         interrupted.append(True)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if world == 1:    # of several processes each may hear it twice, from the terminal and from torchrun
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     for epoch in range(first_epoch, config.epochs):
         model.train()
         sampler.epoch, sampler.start, recent, epoch_start = epoch, first_step, [], time.time()
         signal.signal(signal.SIGINT, on_interrupt)
-        bar = tqdm(loader, desc=f"epoch {epoch + 1}/{config.epochs}", bar_format=BAR, initial=first_step, total=config.steps)
+        bar = tqdm(loader, desc=f"epoch {epoch + 1}/{config.epochs}", bar_format=BAR, initial=first_step, total=config.steps, disable=rank > 0)
         for step, (frames, modality, index) in enumerate(bar, first_step):
             frames = augment(frames.to(device, non_blocking=True), modality,
-                             np.random.default_rng([config.seed, epoch, step]), config.erase)
+                             np.random.default_rng([config.seed, epoch, step, rank]), config.erase)
             label = label_of_tracklet[index].to(device)
             with torch.autocast(device.type, dtype, enabled=precision != "float32"):
-                losses, shown = model(frames, modality.to(device), label)
+                losses, shown = parallel(frames, modality.to(device), label)
             total = sum(losses.values())
             optimizer.zero_grad()
             scaler.scale(total).backward()
@@ -331,17 +369,22 @@ def main():
             values = {name: value.detach() for name, value in {**losses, **shown}.items()}
             sums = {name: sums.get(name, 0) + value for name, value in values.items()}
             recent.append((step, index, values))
-            if step % 10 == 9 or step == config.steps - 1 or device.type == "cpu" or interrupted:    # reading a value waits for the GPU
+            stop = False
+            if step % 10 == 9 or step == config.steps - 1 or device.type == "cpu" or interrupted and world == 1:    # reading a value waits for the GPU
                 seconds = time.time() - epoch_start
-                means = {name: (value / (step + 1)).item() for name, value in sums.items()}
+                numbers = torch.stack([(value / (step + 1)).double().to(device) for value in sums.values()] + [torch.tensor(len(interrupted), device=device).double()])
+                if world > 1:
+                    dist.all_reduce(numbers)    # what one process knows (a Ctrl-C too), all know
+                *means, stop = (numbers / world).tolist()
+                means = dict(zip(sums, means))
                 if not all(np.isfinite(value) for value in means.values()):
                     name_culprit(recent, dataset, f"epoch {epoch + 1}", run)
                 recent.clear()
-                bar.set_postfix_str(f"{(step + 1 - first_step) * frames.shape[0] * frames.shape[1] / seconds:.0f} frames/s "
+                bar.set_postfix_str(f"{(step + 1 - first_step) * world * frames.shape[0] * frames.shape[1] / seconds:.0f} frames/s "
                                     + brief(means))
             if epoch == first_epoch and step == min(first_step + 2, config.steps - 1) and device.type == "cpu" and dataset.name != "walkers":
                 bar.write(f"no CUDA here: about {seconds / (step + 1 - first_step) * config.steps / 3600:.2g} hours an epoch on this CPU")
-            if interrupted and step + 1 < config.steps:
+            if stop and step + 1 < config.steps:
                 save(epoch, step + 1, sums)
                 bar.close()
                 raise KeyboardInterrupt(f"interrupted and saved after step {step + 1} of epoch {epoch + 1}; go on: python train.py --resume {run}")
@@ -350,17 +393,19 @@ def main():
         line = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], **means, "seconds": round(time.time() - epoch_start, 1)}
         scheduler.step()
         log.append(json.dumps(line))
-        write_atomic(os.path.join(run, "log.jsonl"), lambda file: file.write("".join(f"{entry}\n" for entry in log).encode()))
         first_step, sums = 0, {}
+        if rank == 0:
+            write_log(run, log)
         save(epoch + 1)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        if interrupted:
+        if stop:
             raise KeyboardInterrupt(f"interrupted and saved after epoch {epoch + 1}; go on: python train.py --resume {run}")
         if epoch + 1 == config.epochs or (config.evaluate_every and (epoch + 1) % config.evaluate_every == 0):
-            report(model, dataset, config, device, run, start)
+            report(model, dataset, config, device, run, log, start)
     if first_epoch >= config.epochs:
-        print(f"{run} has its {first_epoch} epochs already; raise --epochs to go on" if resume else "the untrained model")
-        report(model, dataset, config, device, run, start)
+        if rank == 0:
+            print(f"{run} has its {first_epoch} epochs already; raise --epochs to go on" if resume else "the untrained model")
+        report(model, dataset, config, device, run, log, start)
 
 
 def name_culprit(recent, dataset, epoch, run):
@@ -372,17 +417,30 @@ def name_culprit(recent, dataset, epoch, run):
                 batch = " ".join(os.path.relpath(os.path.dirname(dataset.train[i].frames[0]), dataset.root) for i in index.tolist())
                 raise UserError(f"{name} is {value.item()} in {epoch}, step {step + 1}; {run}/last.pt is older and good: resume it with a lower "
                                 f"--lr or --precision float32, or look at the batch's tracklets: {batch}")
+    raise UserError(f"a mean loss is not finite in {epoch}, though none of this process's is; {run}/last.pt is older and good: see the other processes' lines")
 
 
-def report(model, dataset, config, device, run, start):
-    """Evaluates, prints the table, writes results.json and silhouettes.png."""
-    results, _ = evaluate(model, dataset, config, device)
+def write_log(run, log):
+    write_atomic(os.path.join(run, "log.jsonl"), lambda file: file.write("".join(f"{line}\n" for line in log).encode()))
+
+
+def report(model, dataset, config, device, run, log, start):
+    """Evaluates, prints the table, writes results.json and the pictures, adds Rank-1 and mAP to the last line of the log."""
+    results, *_ = evaluate(model, dataset, config, device)
+    if results is None:    # process 0 does the rest
+        return
     results = {"method": config.method, "dataset": dataset.name, **results, "seconds": round(time.time() - start, 1)}
     write_json(os.path.join(run, "results.json"), results)
-    silhouettes = getattr(model, "sasgl", None) is not None
-    if silhouettes:
-        draw_silhouettes(os.path.join(run, "silhouettes.png"), model, dataset, config, device)
-    print(f"\n{table(results)}\nEverything is in {run}{os.sep}" + ("; silhouettes.png shows what the model sees" if silhouettes else ""))
+    written = []
+    if getattr(model, "sasgl", None) is not None:
+        written.append(f"silhouettes-{len(log)}.png shows what the model sees")
+        write_picture(os.path.join(run, f"silhouettes-{len(log)}.png"), draw_silhouettes(model, dataset, samples(dataset.test), config, device))
+    if log:
+        log[-1] = json.dumps({**json.loads(log[-1]), **{key: {d: r[key] for d, r in results["directions"].items()} for key in ("rank-1", "mAP")}})
+        write_log(run, log)
+        written.append("curves.png how it learned")
+        write_picture(os.path.join(run, "curves.png"), draw_curves([json.loads(line) for line in log], f"{config.method} on {dataset.name}"))
+    print(f"\n{table(results)}\nEverything is in {run}{os.sep}" + "; ".join(["", *written]))
 
 
 if __name__ == "__main__":

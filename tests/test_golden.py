@@ -7,7 +7,7 @@ import torch
 
 
 
-from evaluate import distances
+from ranking import distances
 from golden import formula, official_keys
 from model import identity_loss, load_official, triplet_loss
 from pbmge import PBMGE

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from data import UserError, load_dataset, normalise, read_frame
-from evaluate import distances, evaluate, metrics
+from evaluate import evaluate
+from ranking import distances, metrics
 from layouts import tracks, write_hitsz
 
 SCORES = ("rank-1", "rank-5", "rank-10", "rank-20", "mAP", "mINP")
