@@ -334,7 +334,7 @@ def read_footage(path, modality):
     if not os.path.exists(path):
         raise UserError(f"no folder {path}; expected a folder of frames per tracklet; check the path")
     path = os.path.normpath(path)
-    readable = {extension for extension, name in Image.registered_extensions().items() if name in Image.OPEN}
+    readable = {extension for extension, name in Image.registered_extensions().items() if name in Image.OPEN and name != "MPEG"}    # which pillow only recognises
     found, ignored = {}, set()    # found: path of folder or animated file -> its frames
 
     def unreadable(error):    # os.walk would leave the folder out in silence

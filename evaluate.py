@@ -284,11 +284,11 @@ def main():
     args = parser.parse_args()
     if args.gallery == "" or args.query == "":
         parser.error("--query or --gallery is empty; name a folder: is a shell variable unset?")
+    if (args.query or args.gallery) and (args.data or args.rerank):
+        parser.error("--data and --rerank are for a benchmark, whose gallery is closed; drop them, or --query and --gallery")
     if args.query and not args.gallery:
         parser.error("--query needs --gallery: where to look")
     if args.gallery:
-        if args.data or args.rerank:
-            parser.error("--data and --rerank are for a benchmark, whose gallery is closed; drop them, or --gallery")
         if is_kept(args.gallery) and (args.gallery_modality or args.save):
             parser.error(f"{args.gallery} is embedded already and knows its modality; drop --gallery-modality and --save")
         if not args.query and (not args.save or args.json or args.figure or args.silhouettes):

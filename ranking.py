@@ -192,11 +192,11 @@ class Stored:
                         raise ValueError("compressed, cut short or of Python objects")
                     self.arrays[entry.filename.removesuffix(".npy")] = dtype, shape, file.tell()
             self.dtype, self.shape, _ = self.arrays["embedding"]
-            sizes = {self.arrays[name][1][0] for name in ("embedding", "name", "modality", "shown")}
+            sizes = {self.arrays[name][1][0] for name in ("embedding", "name", "modality", "frame", "shown")}
             if len(self.shape) != 3 or self.dtype != np.float32 or len(sizes) != 1 or 0 in self.shape:
                 raise ValueError(f"embedding {self.dtype} {self.shape}")
             self.model = str(self.rows("model", 0, 1)[0])
-        except (ValueError, KeyError, IndexError, EOFError, NotImplementedError, SyntaxError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError, IndexError, EOFError, NotImplementedError, SyntaxError, zipfile.BadZipFile) as error:
             raise UserError(f"{path} holds no gallery ({type(error).__name__}: {' '.join(str(error).split())[:80]}); expected a FILE.npz of "
                             "evaluate.py --save; make it again") from None
 

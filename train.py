@@ -297,7 +297,7 @@ def main():
             for kind, restore in {"cpu": torch.set_rng_state, "cuda": torch.cuda.set_rng_state}.items():
                 states = checkpoint["random"][kind]    # a row per process
                 if kind in ("cpu", device.type) and states is not None and rank < len(torch.atleast_2d(states)):
-                    restore(torch.atleast_2d(states)[rank])
+                    restore(torch.atleast_2d(states)[rank].clone())    # torch reads a view from its storage's beginning
         except Exception as error:    # torch says a dozen things of a state that is none
             raise UserError(f"{resume} can be evaluated but not resumed ({type(error).__name__}: {' '.join(str(error).split())[:120]}); expected "
                             "last.pt as train.py wrote it") from None
@@ -426,6 +426,8 @@ def write_log(run, log):
 
 def report(model, dataset, config, device, run, log, start):
     """Evaluates, prints the table, writes results.json and the pictures, adds Rank-1 and mAP to the last line of the log."""
+    for buffer in model.buffers() if processes()[1] > 1 else ():    # process 0's batch norms, which are saved, count
+        dist.broadcast(buffer, 0)
     results, *_ = evaluate(model, dataset, config, device)
     if results is None:    # process 0 does the rest
         return

@@ -82,7 +82,7 @@ def same_bits(a, b):
 
 def test_a_run_leaves_what_it_promises(trained, walkers):
     folder, result = trained
-    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "last.pt", "log.jsonl", "results.json", "silhouettes.png"]
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "curves.png", "last.pt", "log.jsonl", "results.json", "silhouettes-1.png"]
     results = json.loads((folder / "results.json").read_text())
     assert results.keys() == {"method", "dataset", "directions", "silhouette_iou", "seconds"}
     assert results["dataset"] == "walkers" and 0 <= results["silhouette_iou"] <= 1
@@ -213,7 +213,7 @@ def trained_lsmrl(walkers, tmp_path_factory):
 
 def test_lsmrl_leaves_the_same_files_but_silhouettes_and_evaluates_alike(trained_lsmrl, tmp_path):
     folder, result = trained_lsmrl
-    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "last.pt", "log.jsonl", "results.json"]
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "curves.png", "last.pt", "log.jsonl", "results.json"]
     results, log = (json.loads((folder / name).read_text()) for name in ("results.json", "log.jsonl"))
     assert results["method"] == "lsmrl" and results["silhouette_iou"] is None and "silhouettes" not in result.stdout
     assert {"identity_z", "identity_f", "identity_cmi", "triplet_z", "text", "contrast", "centre", "consistency"} <= log.keys()

@@ -1,7 +1,6 @@
-"""Search in one's own footage: reading it, nearest neighbours in pieces, re-ranking, all frames, the command line and what it refuses.
+"""Search in one's own footage, re-ranking, all frames: written from the description of what users meet, not from the code.
 
-Written from the description of what users meet, not from the code. The model is the tiny LSMRL run of test_scripts.py: what it finds
-means nothing, but equal frames are at distance 0 whatever the model.
+The model is the tiny LSMRL run of test_scripts.py: what it finds means nothing, but equal frames are at distance 0 whatever the model.
 """
 import json
 import os
@@ -15,14 +14,13 @@ import torch
 from PIL import Image
 
 from data import Tracklet, UserError, frame_indices, load_dataset, read_footage, read_frame
-from evaluate import clips, distances, metrics, nearest, rerank
+from evaluate import clips
+from ranking import distances, metrics, nearest, rerank
 from layouts import picture
 from test_scripts import TINY, Evil, fails, here, tensors_of, trained_lsmrl  # noqa: F401
 
-ARRAYS = ("embedding", "name", "modality", "frame", "shown", "model")
+SEARCH = "--query {q} --gallery {g} "
 
-
-# ------------------------------------------------------------------------------------------------------- footage
 
 def grey(path, *levels):
     """Plain pictures that say their place by their level: one in a file, or several in an animated one."""
@@ -35,63 +33,50 @@ def levels(tracklet):
     return [round(read_frame(frame, (16, 8)).float().mean().item()) for frame in tracklet.frames]
 
 
-def test_a_tree_of_tracklets(tmp_path):
-    """At any depth, tracklets and frames in natural order, the latter by their pixels; neither what is hidden nor what is no picture."""
+def test_footage_is_read_whole_and_in_natural_order(tmp_path, monkeypatch):
+    """Tracklets by name, frames by their pixels, at any depth; neither what is hidden nor what is no picture. Each is found by its own path too."""
     root, ramp = tmp_path / "my footage", list(range(10, 250, 20))
+    animated = "cam2/walk.gif cam3/pages.TIFF cam3/turn.webp night#5/run.gif cam10/1/in.gif".split()
     folders = {name: [f"frame{i + 1}.png" for i in range(12)] for name in ("cam10/1", "cam2/007", "night#5/deep/er/x y")}
     folders["cam2/12"] = "f#1.PNG f#2.jpg f#3.JPEG f#9.bmp f#10.webp f#11.gif f#20.tif f#100.TIFF".split()    # one picture each: frames
     for name, files in folders.items():
         for file, level in zip(files, ramp):
             grey(root / name / file, level)
-    for name in "cam2/walk.gif", "cam3/pages.TIFF", "cam3/turn.webp", "night#5/run.gif", "cam10/1/inside.gif":
+    for name in animated:
         grey(root / name, *ramp)
     grey(root / "cam2/007/._frame3.png", 0)    # what a Mac leaves, and other company
     for name in "cam2/007/Thumbs.db", "cam2/007/plan.pdf", "cam2/007/source.mp4", "cam10/notes.txt", "labels.json", ".DS_Store":
         (root / name).write_text("no picture")
-    (root / "empty").mkdir()
+    (root / "cam2/12/notes").mkdir()    # holds no tracklet: no ambiguity
     found = read_footage(root, "infrared")
-    assert list(found) == ["cam2/007", "cam2/12", "cam2/walk.gif", "cam3/pages.TIFF", "cam3/turn.webp", "cam10/1", "cam10/1/inside.gif",
+    assert list(found) == ["cam2/007", "cam2/12", "cam2/walk.gif", "cam3/pages.TIFF", "cam3/turn.webp", "cam10/1", "cam10/1/in.gif",
                            "night#5/deep/er/x y", "night#5/run.gif"]
     for name, t in found.items():
-        assert isinstance(t, Tracklet) and (t.pid, t.camera, t.modality) == (-1, "", "infrared")
         files = [str(root / name / file) for file in folders[name]] if name in folders else [f"{root / name}#{n}" for n in range(12)]
-        assert list(map(str, t.frames)) == files and levels(t) == pytest.approx(ramp[:len(files)], abs=2), name    # JPEG rounds
-    assert list(read_footage(str(root), "visible")) == list(found)
-
-
-def test_one_folder_or_one_file_is_a_tracklet(tmp_path, monkeypatch):
-    """Named after the folder, however that is given, or after the file; a folder without pictures beside the frames is no ambiguity."""
-    for number, level in (2, 20), (10, 40):
-        grey(tmp_path / f"p1/{number}.png", level)
-    (tmp_path / "p1/notes").mkdir()
-    (tmp_path / "p1/notes/a.txt").write_text("no picture")
-    monkeypatch.chdir(tmp_path / "p1")
-    for path in tmp_path / "p1", f"{tmp_path}/p1/", ".":
-        found = read_footage(path, "visible")
-        assert list(found) == ["p1"] and levels(found["p1"]) == [20, 40], path
-    for name in "a.gif", "b.webp", "c.tiff":
-        grey(tmp_path / name, 10, 60, 110, 160)
-        found = read_footage(tmp_path / name, "visible")
-        assert list(found) == [name] and levels(found[name]) == pytest.approx([10, 60, 110, 160], abs=1)
-        frame = read_frame(f"{tmp_path / name}#3", (32, 24))
-        assert frame.shape == (3, 32, 24) and frame.dtype == torch.uint8 and frame.float().mean().item() == pytest.approx(160, abs=1)
+        assert isinstance(t, Tracklet) and (t.pid, t.camera, t.modality, list(map(str, t.frames))) == (-1, "", "infrared", files)
+        assert levels(t) == pytest.approx(ramp[:len(files)], abs=2), name    # JPEG rounds
+        if name != "cam10/1":
+            assert read_footage(str(root / name), "infrared") == {name.split("/")[-1]: t}
+    for name in animated:
+        assert read_frame(f"{root / name}#3", (32, 24)).shape == (3, 32, 24)
         with pytest.raises(UserError, match=name):
-            read_frame(f"{tmp_path / name}#4", (16, 8))
+            read_frame(f"{root / name}#12", (16, 8))
+    monkeypatch.chdir(root / "cam2/12")
+    assert {name: levels(t) for name, t in read_footage(".", "visible").items()} == {"12": levels(found["cam2/12"])}
 
 
 @pytest.mark.parametrize("files, words", [
-    ("", "footage"), (None, "footage"), ("a/notes.txt a/.x.png", "footage"), ("a/clip.mp4", ".mp4 extract"), ("b/notes.txt b/c/clip.MOV", ".mov extract"),
+    ("", "own"), ("a/notes.txt a/.x.png", "own"), ("a/clip.mp4", ".mp4 extract"), ("b/notes.txt b/c/clip.MOV", ".mov extract"),
     ("clip.mpg", ".mpg extract"),    # pillow knows the name .mpg, and reads none
-    ("1.png a/1.png", "move"), ("cam/1.png cam/a/b/1.png", "cam move")])
+    ("1.png a/1.png", "move"), ("cam/1.png cam/a/b/1.png", "cam move"), (None, "nowhere")])
 def test_refused_folders(files, words, tmp_path):
-    footage = tmp_path / "footage"
-    if files is not None:
-        footage.mkdir()
-        for file in files.split():
-            grey(footage / file, 9) if file.endswith(".png") else (footage / file).parent.mkdir(parents=True, exist_ok=True)
-            (footage / file).exists() or (footage / file).write_bytes(b"\0\0\1\xba no picture")
+    grey(tmp_path / "own.png", 9)
+    (tmp_path / "own").mkdir()
+    for path in (tmp_path / "own" / file for file in (files or "").split()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(tmp_path / "own.png" if path.suffix == ".png" else __file__, path)
     with pytest.raises(UserError) as caught:
-        read_footage(footage, "visible")
+        read_footage(tmp_path / ("nowhere" if files is None else "own"), "visible")
     assert all(word in str(caught.value).lower() for word in words.split()) and "\n" not in str(caught.value), caught.value
 
 
@@ -104,8 +89,7 @@ def test_a_broken_animation_is_named(name, keep, tmp_path):
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(content[:int(keep * len(content)) if keep < 1 else keep])
     with pytest.raises(UserError, match=name):
-        for tracklet in read_footage(tmp_path, "visible").values():
-            levels(tracklet)
+        [levels(tracklet) for tracklet in read_footage(tmp_path, "visible").values()]
 
 
 @pytest.mark.parametrize("file, dtype, values", [
@@ -116,37 +100,27 @@ def test_deep_pictures_are_stretched(file, dtype, values, tmp_path):
     Image.fromarray(np.tile(np.array(values, dtype), (4, 1))).save(tmp_path / file)
     frame = read_frame(str(tmp_path / file), (4, 3))
     assert frame.shape == (3, 4, 3) and frame.dtype == torch.uint8 and (frame == frame[:1, :1]).all()
-    found = frame[0, 0].tolist()
-    assert found == pytest.approx([0, 127.5, 255], abs=1) if values[0] != values[2] else len(set(found)) == 1
+    assert frame[0, 0].tolist() == pytest.approx([0, 127.5, 255] if values[0] < values[2] else [int(frame[0, 0, 0])] * 3, abs=1)
 
-
-# ---------------------------------------------------------------------------------------- neighbours, re-ranking, clips
 
 @pytest.mark.parametrize("Q, G, P, D, top, rows", [(3, 50, 2, 4, 10, 7), (1, 1, 1, 1, 5, 3), (40, 101, 3, 8, 10, 32), (4, 6, 2, 5, 10, 4),
                                                    (5, 30, 2, 4, 1, 1), (2, 12, 1, 3, 12, 6), (3, 9, 2, 4, 4, 100)])
 def test_nearest_equals_the_sorted_whole(Q, G, P, D, top, rows):
-    """The gallery is asked for in consecutive pieces of at most `rows`."""
+    """The gallery is asked for in consecutive pieces of at most `rows`; among equals, in a piece or not, the lower index comes first."""
     query, gallery = (torch.randn(n, P, D, generator=torch.Generator().manual_seed(n)) for n in (Q, G))
+    if Q < 25:    # else 0 is rounded
+        gallery[[0, G // 3, G // 2, -2 % G, -1]] = query[0]
     asked, before = [], query.clone()
     distance, index = nearest(query, lambda start, stop: asked.append((start, stop)) or gallery[start:stop].clone(), G, top, rows=rows)
     whole = sum((query[:, None, p].double() - gallery[None, :, p].double()).norm(dim=-1) for p in range(P)) / P
-    expected = whole.sort(dim=1)
+    expected = whole.sort(dim=1, stable=True)
     assert distance.shape == index.shape == (Q, min(top, G)) and (distance.diff(dim=1) >= 0).all() and torch.equal(query, before)
-    assert torch.equal(index, expected.indices[:, :top]) and torch.allclose(distance.double(), expected.values[:, :top], atol=1e-5)
+    assert torch.equal(index[:1], expected.indices[:1, :top]) and torch.equal(whole.gather(1, index), expected.values[:, :top])
+    assert torch.allclose(distance.double(), expected.values[:, :top], atol=1e-5)
     assert [start for start, _ in asked] == [0, *(stop for _, stop in asked[:-1])] and asked[-1][1] == G
     assert all(0 < stop - start <= rows for start, stop in asked)
-    assert torch.equal(nearest(query, lambda start, stop: gallery[start:stop], G, top)[1], index)    # with its own number of rows
-
-
-def test_nearest_gives_the_lower_index_among_equals():
-    """Within a piece and across pieces, at the last place too: six tracklets (of integers: no rounding), in another order per piece, 1 and 4 twins."""
-    base, query = (torch.randint(-4, 5, (n, 2, 3), generator=torch.Generator().manual_seed(n)).float() for n in (6, 4))
-    base[4], query[3] = base[1], base[1]
-    order = torch.cat([torch.from_numpy(np.random.default_rng(i).permutation(6)) for i in range(5)])
-    expected = distances(query, base)[:, order].sort(dim=1, stable=True).indices
-    for top in 1, 4, 7, 30:
-        distance, index = nearest(query, lambda start, stop: base[order[start:stop]], 30, top, rows=6)
-        assert torch.equal(index, expected[:, :top]) and (distance[3, :10] == 0).all(), top
+    again = nearest(query, lambda start, stop: gallery[start:stop], G, top)    # with its own number of rows
+    assert torch.equal(whole.gather(1, again[1]), expected.values[:, :top])
 
 
 def literal_rerank(distance, Q, k1=20, k2=6, weight=0.3):
@@ -155,23 +129,18 @@ def literal_rerank(distance, Q, k1=20, k2=6, weight=0.3):
     original = (original / original.max(axis=0)).T
     rank, N = np.argsort(original, axis=1), len(original)
     reciprocal = lambda i, k: np.array([j for j in rank[i, :k + 1] if i in rank[j, :k + 1]])
-    V, out = np.zeros((N, N)), np.zeros((Q, N - Q))
+    V = np.zeros((N, N))
     for i in range(N):
-        neighbours = reciprocal(i, k1)
-        joined = set(neighbours)
+        neighbours = joined = reciprocal(i, k1)
         for candidate in neighbours:
             theirs = reciprocal(candidate, int(np.around(k1 / 2)))    # numpy's rounding: 2.5 -> 2, 3.5 -> 4
             if len(np.intersect1d(theirs, neighbours)) > 2 / 3 * len(theirs):
-                joined |= set(theirs)
-        joined = sorted(joined)
+                joined = np.union1d(joined, theirs)
         V[i, joined] = np.exp(-original[i, joined]) / np.exp(-original[i, joined]).sum()
     if k2 != 1:
         V = np.stack([V[rank[i, :k2]].mean(axis=0) for i in range(N)])
-    for i in range(Q):
-        for j in range(Q, N):
-            common = sum(min(V[i, n], V[j, n]) for n in range(N))
-            out[i, j - Q] = (1 - weight) * (1 - common / (2 - common)) + weight * original[i, j]
-    return out
+    common = np.array([[sum(min(V[i, n], V[j, n]) for n in range(N)) for j in range(Q, N)] for i in range(Q)])
+    return (1 - weight) * (1 - common / (2 - common)) + weight * original[:Q, Q:]
 
 
 def test_rerank_by_hand():
@@ -185,7 +154,7 @@ def test_rerank_by_hand():
 
 
 @pytest.mark.parametrize("Q, G, options", [
-    (10, 40, {}), (25, 75, {}), (1, 1, {}), (1, 3, {}), (4, 9, {}), (10, 11, {}), (7, 33, dict(k1=5, k2=3, weight=0.5)), (12, 50, dict(k1=7, k2=1)),
+    (10, 40, {}), (25, 75, {}), (1, 1, {}), (1, 3, {}), (4, 9, {}), (10, 11, {}), (7, 33, dict(k1=5, k2=2, weight=0.5)), (12, 50, dict(k1=7, k2=1)),
     (2, 5, dict(k1=1, k2=1)), (12, 50, dict(k1=11, k2=4, weight=0.0)), (3, 60, dict(k1=3, weight=1.0)), (4, 6, dict(k1=3, k2=20)), (8, 40, dict(k1=1000))])
 def test_rerank_equals_the_literal_loops(Q, G, options):
     rng = np.random.default_rng(Q + G)
@@ -209,49 +178,48 @@ def test_clips_hold_every_frame(n, T, rule):
 
 # ----------------------------------------------------------------------------------------------------- the command line
 
-def write(folder, modality, *pids):
-    """A tracklet whose i-th frame shows the i-th of `pids`."""
+def write(folder, modality, *pids):    # one frame each
     folder.mkdir(parents=True)
-    for i, pid in enumerate(pids):
-        (folder / f"{i + 1}.jpg").write_bytes(picture(pid, modality, 1, i, (32, 16)))
+    for i, pid in enumerate(pids, start=1):
+        (folder / f"{i}.jpg").write_bytes(picture(pid, modality, 1, i, (32, 16)))
 
 
-def search(folder, model, *options):
-    """A run of evaluate.py that works -> what it prints and its JSON; it leaves a figure and an npz file in `folder` too."""
-    result = here("evaluate.py", "--checkpoint", model, *options, "--workers", 0, "--json", folder / "r.json", "--figure", folder / "f.png",
-                  "--save", folder / "g.npz")
-    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
-    assert drawn(folder / "f.png")
-    return result.stdout, json.loads((folder / "r.json").read_text())
-
-
-def drawn(path):
-    image = Image.open(path)
-    return image.format == "PNG" and min(image.size) > 16 and np.ptp(np.asarray(image.convert("L"))) > 0
+@pytest.fixture(scope="module")
+def evaluate(trained_lsmrl):  # noqa: F811
+    """evaluate.py on the tiny run; with a file for its JSON -> what it prints and the JSON."""
+    def call(*options, file=None, checkpoint=trained_lsmrl[0]):
+        result = here("evaluate.py", "--checkpoint", checkpoint, "--workers", 0, *options, *(["--json", file] if file else []))
+        assert not file or result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+        return (result.stdout, json.loads(file.read_text())) if file else result
+    return call
 
 
 @pytest.fixture(scope="module")
 def footage(tmp_path_factory):
-    """A gallery of five, one of them a GIF, and two queries: a copy of cam2/3's frames and somebody else by night."""
+    """A gallery of 12, one of them a GIF, two queries, a copy of cam2/3's frames and somebody by night, and a broken tracklet."""
     root = tmp_path_factory.mktemp("footage")
-    for pid, name in enumerate(("gallery/cam1/1", "gallery/cam1/2", "gallery/cam2/3", "gallery/cam10/4 b", "queries/night 5"), start=1):
-        write(root / name, "infrared" if "night" in name else "visible", *[pid] * 6)
+    for pid, name in enumerate(("cam1/1", "cam1/2", "cam2/3", *(f"cam10/{i} b" for i in range(8))), start=1):
+        write(root / "gallery" / name, "visible", *[pid] * 6)
+    write(root / "queries/night 5", "infrared", *[50] * 6)
     shutil.copytree(root / "gallery/cam2/3", root / "queries/copy")
-    frames = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 16), dtype=np.uint8)) for i in range(3)]
-    frames[0].save(root / "gallery/cam2/walk.gif", save_all=True, append_images=frames[1:])
+    grey(root / "gallery/cam2/walk.gif", 0, 100, 200)
+    shutil.copytree(root / "gallery/cam2/3", root / "broken/p")
+    for frame in (root / "broken/p").iterdir():    # all of them: whichever is looked at
+        frame.write_bytes(frame.read_bytes()[:300])
     return root
 
 
 @pytest.fixture(scope="module")
-def found(trained_lsmrl, footage, tmp_path_factory):  # noqa: F811
+def found(evaluate, footage, tmp_path_factory):
     out = tmp_path_factory.mktemp("found")
-    return *search(out, trained_lsmrl[0], "--query", footage / "queries", "--gallery", footage / "gallery", "--query-modality", "visible", "--top", 3), out
+    return out, *evaluate("--query", footage / "queries", "--gallery", footage / "gallery", "--query-modality", "visible", "--top", 3,
+                          "--figure", out / "f.png", "--save", out / "g.npz", file=out / "r.json")
 
 
 def test_a_search(found, footage):
     """The copy is found first, at distance 0; the lists on screen are those of the JSON."""
-    stdout, results, _ = found
-    assert results.keys() == {"method", "gallery", "queries", "seconds"} and (results["method"], results["gallery"]) == ("lsmrl", 5)
+    out, stdout, results = found
+    assert results.keys() == {"method", "gallery", "queries", "seconds"} and (results["method"], results["gallery"]) == ("lsmrl", 12)
     assert [(q["query"], q["modality"], q["frames"]) for q in results["queries"]] == [("copy", "visible", 6), ("night 5", "visible", 6)]
     names, lines = read_footage(footage / "gallery", "visible").keys(), []
     for q in results["queries"]:
@@ -263,67 +231,54 @@ def test_a_search(found, footage):
     assert first["tracklet"] == "cam2/3" and first["distance"] == pytest.approx(0, abs=1e-4) and second["distance"] > 1e-3
     shown = re.findall(r"^\s*(\d+)\s+([\d.e-]+)\s+(visible|infrared)\s+(.+?)\s*$", stdout, re.M)
     assert [(int(rank), float(distance), modality, name) for rank, distance, modality, name in shown] == lines
+    assert np.ptp(np.asarray(Image.open(out / "f.png"))) > 0
 
 
-def test_the_saved_gallery_answers_alone(found, trained_lsmrl, footage, tmp_path):  # noqa: F811
-    """--gallery DIR --save only embeds; then the frames are gone and the lists the same. A model of one other number is refused."""
+def test_the_saved_gallery_answers_alone(found, evaluate, trained_lsmrl, footage, tmp_path):  # noqa: F811
+    """--gallery DIR --save only embeds; then the frames are gone and the lists the same; a model of one other number is refused. The defaults."""
     gallery, file, query = tmp_path / "gallery", tmp_path / "g.npz", ["--query", footage / "queries", "--query-modality", "visible", "--top", 3]
     shutil.copytree(footage / "gallery", gallery)
-    result = here("evaluate.py", "--checkpoint", trained_lsmrl[0], "--gallery", gallery, "--save", file, "--workers", 0)
+    result = evaluate("--gallery", gallery, "--save", file)
     assert result.returncode == 0, result.stderr
     tracklets = read_footage(gallery, "visible")
     shutil.rmtree(gallery)
-    saved, before = np.load(file), np.load(found[2] / "g.npz")
-    assert set(ARRAYS) <= set(saved.files) and saved["embedding"].shape[:2] == (5, 1) and saved["embedding"].dtype == np.float32
+    saved, before = np.load(file), np.load(found[0] / "g.npz")
+    assert saved["embedding"].shape[:2] == (12, 1) and saved["embedding"].dtype == np.float32 and saved["shown"].shape == (12, 4)
     assert np.allclose(saved["embedding"], before["embedding"], atol=1e-5) and np.array_equal(saved["model"], before["model"])
-    assert saved["name"].tolist() == list(tracklets) and saved["modality"].tolist() == ["visible"] * 5 and saved["shown"].shape == (5, 4)
+    assert saved["name"].tolist() == list(tracklets) and set(saved["modality"].tolist()) == {"visible"}
     for tracklet, frame, shown in zip(tracklets.values(), saved["frame"], saved["shown"], strict=True):
         assert frame == str(tracklet.frames[0]) and set(shown) <= set(map(str, tracklet.frames))
-    again = here("evaluate.py", "--checkpoint", trained_lsmrl[0], *query, "--gallery", file, "--json", tmp_path / "r.json", "--workers", 0)
-    assert again.returncode == 0, again.stderr
-    for q, p in zip(json.loads((tmp_path / "r.json").read_text())["queries"], found[1]["queries"], strict=True):
-        assert q["query"] == p["query"] and [r["tracklet"] for r in q["ranked"]] == [r["tracklet"] for r in p["ranked"]]
+    _, again = evaluate(*query, "--gallery", file, file=tmp_path / "r.json")
+    for q, p in zip(again["queries"], found[2]["queries"], strict=True):
+        assert (q["query"], [r["tracklet"] for r in q["ranked"]]) == (p["query"], [r["tracklet"] for r in p["ranked"]])
         assert [r["distance"] for r in q["ranked"]] == pytest.approx([r["distance"] for r in p["ranked"]], abs=1e-5)
+    _, plain = evaluate("--query", footage / "queries/night 5", "--gallery", footage / "gallery", file=tmp_path / "r.json")
+    assert [(q["query"], q["modality"], len(q["ranked"]), q["ranked"][0]["modality"]) for q in plain["queries"]] == [("night 5", "infrared", 10, "visible")]
     other = tensors_of(trained_lsmrl[0])
     other["model"]["bank"][0, 0] += 1
     torch.save(other, tmp_path / "other.pt")
-    fails(here("evaluate.py", "--checkpoint", tmp_path / "other.pt", *query, "--gallery", file, "--workers", 0), "g.npz", "model")
+    fails(evaluate(*query, "--gallery", file, checkpoint=tmp_path / "other.pt"), "g.npz", "model")
 
 
-def test_defaults_and_an_animated_query(trained_lsmrl, footage, tmp_path):  # noqa: F811
-    """Infrared among visible ones, ten at most; a GIF finds itself, its modality being the gallery's."""
-    shutil.copytree(footage / "gallery", tmp_path / "many")
-    for i in range(8):
-        write(tmp_path / f"many/cam3/{i}", "visible", 30 + i, 30 + i)
-    _, results = search(tmp_path, trained_lsmrl[0], "--query", footage / "queries/night 5", "--gallery", tmp_path / "many")
-    [q] = results["queries"]
-    assert (q["query"], q["modality"], results["gallery"], len(q["ranked"])) == ("night 5", "infrared", 13, 10)
-    assert {r["modality"] for r in q["ranked"]} == {"visible"}
-    _, results = search(tmp_path, trained_lsmrl[0], "--query", tmp_path / "many/cam2/walk.gif", "--gallery", tmp_path / "many", "--gallery-modality", "infrared", "--top", 99)
-    [q] = results["queries"]
-    assert (q["query"], q["frames"], len(q["ranked"]), q["ranked"][0]["tracklet"]) == ("walk.gif", 3, 13, "cam2/walk.gif")
-    assert q["ranked"][0]["distance"] == pytest.approx(0, abs=1e-4) and {r["modality"] for r in q["ranked"]} == {"infrared"}
-
-
-def test_all_frames_sees_what_the_sample_misses(trained_lsmrl, tmp_path):  # noqa: F811
+def test_all_frames_sees_what_the_sample_misses(evaluate, tmp_path):
     """Of "odd" two frames are looked at, and those are the gallery's, unless all four are; two frames are one clip either way."""
-    write(tmp_path / "q/odd", "visible", 1, 9, 2, 2)
-    write(tmp_path / "q/two", "visible", 3, 4)
-    write(tmp_path / "g/ab", "visible", 5, 6)
+    for name, pids in ("q/odd", (1, 9, 2, 2)), ("q/two", (3, 4)), ("g/ab", (5, 6)):
+        write(tmp_path / name, "visible", *pids)
     for number, frame in (1, 1), (2, 3):
         shutil.copyfile(tmp_path / f"q/odd/{frame}.jpg", tmp_path / f"g/ab/{number}.jpg")
-    lists = []
+    given, best = ["--query", tmp_path / "q", "--gallery", tmp_path / "g", "--query-modality", "visible"], []
     for switch in [], ["--all-frames"]:
-        _, results = search(tmp_path, trained_lsmrl[0], "--query", tmp_path / "q", "--gallery", tmp_path / "g", "--query-modality", "visible", *switch)
+        _, results = evaluate(*given, *switch, file=tmp_path / "r.json")
         assert results.get("all_frames", False) is bool(switch) and [q["frames"] for q in results["queries"]] == [4, 2]
-        lists += [q["ranked"][0]["distance"] for q in results["queries"]]
-    assert lists[0] == pytest.approx(0, abs=1e-4) and lists[2] > 1e-3 and lists[3] == pytest.approx(lists[1], abs=1e-5)
+        best += [q["ranked"][0]["distance"] for q in results["queries"]]
+    assert best[0] == pytest.approx(0, abs=1e-4) and best[2] > 1e-3 and best[3] == pytest.approx(best[1], abs=1e-5)
 
 
 @pytest.mark.parametrize("switch", ["", "--rerank", "--all-frames"])
-def test_a_benchmark_s_evaluation(switch, trained_lsmrl, walkers, tmp_path):  # noqa: F811
+def test_a_benchmark_s_evaluation(switch, evaluate, walkers, tmp_path):
     """Both switches say so and are off by default; re-ranked scores are those of the literal loops; the saved file is a gallery."""
-    stdout, results = search(tmp_path, trained_lsmrl[0], "--data", walkers, *switch.split())
+    options = ["--figure", tmp_path / "f.png", "--save", tmp_path / "g.npz", *switch.split()]
+    stdout, results = evaluate("--data", walkers, *options, file=tmp_path / "r.json")
     assert ("re-ranked" in stdout, "all frames" in stdout) == (switch == "--rerank", switch == "--all-frames")
     assert {k: results[k] for k in ("rerank", "all_frames") if k in results} == ({switch[2:].replace("-", "_"): True} if switch else {})
     saved = dict(np.load(tmp_path / "g.npz"))
@@ -332,31 +287,25 @@ def test_a_benchmark_s_evaluation(switch, trained_lsmrl, walkers, tmp_path):  # 
         features = torch.from_numpy(saved["embedding"][np.concatenate(sides)])
         distance = distances(features, features)
         distance = torch.from_numpy(literal_rerank(distance.numpy(), 20)) if switch == "--rerank" else distance[:20, 20:]
-        pids, cameras = ([[saved[name][i] for i in side] for side in sides] for name in ("pid", "camera"))
-        assert r == pytest.approx(metrics(distance, *pids, *cameras), abs=0.02)
+        assert r == pytest.approx(metrics(distance, *(saved[name][side] for name in ("pid", "camera") for side in sides)), abs=1e-4)
     wanted = next(t for t in load_dataset(walkers).test[3:] if t.modality == "visible")
     (tmp_path / "q").mkdir()
     for i, frame in enumerate(wanted.frames):
         shutil.copyfile(frame, tmp_path / f"q/{i}.jpg")
-    plain = here("evaluate.py", "--checkpoint", trained_lsmrl[0], "--query", tmp_path / "q", "--gallery", tmp_path / "g.npz", "--query-modality", "visible",
-                 "--json", tmp_path / "r.json", "--workers", 0, *switch.replace("--rerank", "").split())
-    assert plain.returncode == 0, plain.stderr
-    found = json.loads((tmp_path / "r.json").read_text())
+    every = [switch] if switch == "--all-frames" else []
+    _, found = evaluate("--query", tmp_path / "q", "--gallery", tmp_path / "g.npz", "--query-modality", "visible", *every, file=tmp_path / "r.json")
     best, place = found["queries"][0]["ranked"][0], saved["frame"].tolist().index(str(wanted.frames[0]))
     assert found["gallery"] == 40 == len(set(saved["name"].tolist())) and saved["shown"].shape == (40, 4)
-    assert (best["tracklet"], best["modality"], best["distance"]) == (saved["name"][place], "visible", pytest.approx(0, abs=1e-4))
+    assert (best["tracklet"], best["modality"]) == (saved["name"][place], "visible") and best["distance"] < 5e-3    # among so many 0 is rounded
 
 
-def test_silhouettes_and_figures_of_dinogrl(footage, walkers, tmp_path):
-    trained = here("train.py", "--data", walkers, "--run", tmp_path / "run", *TINY, "--steps", 1, "--mask-warmup", 1)
+def test_silhouettes_and_figures_of_dinogrl(evaluate, footage, walkers, tmp_path):
+    trained = here("train.py", "--data", walkers, "--run", tmp_path / "run", *TINY, "--steps", 1, "--mask-warmup", 1, "--frames", 1)
     assert trained.returncode == 0, trained.stderr
-    for given in ("--query", footage / "queries", "--gallery", footage / "gallery"), ("--data", walkers):
-        search(tmp_path, tmp_path / "run", *given, "--silhouettes", tmp_path / "s.png")
-        assert drawn(tmp_path / "s.png")
-        (tmp_path / "s.png").unlink()
-
-
-SEARCH = "--query {q} --gallery {g} "
+    for i, given in enumerate((["--query", footage / "queries", "--gallery", footage / "gallery"], ["--data", walkers])):
+        pictures = {f"--{name}": tmp_path / f"{name}{i}.png" for name in ("silhouettes", "figure")}
+        evaluate(*given, *(word for pair in pictures.items() for word in pair), file=tmp_path / "r.json", checkpoint=tmp_path / "run")
+        assert all(np.ptp(np.asarray(Image.open(picture))) > 0 for picture in pictures.values())
 
 
 @pytest.mark.parametrize("options, word", [
@@ -365,37 +314,28 @@ SEARCH = "--query {q} --gallery {g} "
     (SEARCH + "--top 0", "--top"), (SEARCH + "--top -3", "--top"), ("--query {q} --gallery {npz} --gallery-modality visible", "--gallery-modality"),
     (SEARCH + "--save {tmp}/none/e.npz", "none"), ("--gallery {g} --save {tmp}/none/e.npz", "none"), (SEARCH + "--json {tmp}/none/r.json", "none"),
     (SEARCH + "--figure {tmp}/none/f.png", "none"), (SEARCH + "--query-modality thermal", "thermal"), (SEARCH + "--gallery-modality thermal", "thermal"),
-    ("--query {tmp}/nowhere --gallery {g}", "nowhere"), ("--query {q} --gallery {tmp}/nowhere", "nowhere"), ("--query {q} --gallery {tmp}/nil.npz", "nil.npz")])
-def test_refused_options(options, word, found, trained_lsmrl, footage, walkers, tmp_path):  # noqa: F811
-    options = options.format(q=footage / "queries", g=footage / "gallery", npz=found[2] / "g.npz", data=walkers, tmp=tmp_path).split()
-    result = here("evaluate.py", "--checkpoint", trained_lsmrl[0], *options, "--workers", 0)
+    ("--query {tmp}/nowhere --gallery {g}", "nowhere"), ("--query {q} --gallery {tmp}/nowhere", "nowhere"), ("--query {q} --gallery {tmp}/nil.npz", "nil.npz"),
+    ("--query {broken} --gallery {g}", "broken"), ("--query {q} --gallery {broken}", "broken")])
+def test_refused_options(options, word, found, evaluate, footage, walkers, tmp_path):
+    files = dict(q=footage / "queries", g=footage / "gallery", broken=footage / "broken", npz=found[0] / "g.npz", data=walkers, tmp=tmp_path)
+    result = evaluate(*options.format(**files).split())
     error = result.stderr.strip().splitlines()[-1]    # argparse puts the usage before it
     assert result.returncode == 2 and "error: " in error and "Traceback" not in result.stderr and word in error, result.stderr
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("side", ["queries", "gallery"])
-def test_a_broken_frame_is_named(side, trained_lsmrl, footage, tmp_path):  # noqa: F811
-    root = shutil.copytree(footage, tmp_path / "all")
-    broken = next((root / side).rglob("1.jpg")).parent
-    for frame in broken.iterdir():    # all of a tracklet's: whichever is looked at
-        frame.write_bytes(frame.read_bytes()[:300])
-    fails(here("evaluate.py", "--checkpoint", trained_lsmrl[0], "--query", root / "queries", "--gallery", root / "gallery", "--workers", 0), str(broken), ".jpg")
+    assert not list(tmp_path.iterdir()) and (word != "broken" or re.search(r"broken/p/\d\.jpg", error))
 
 
 @pytest.mark.parametrize("name, damage", [
-    ("notes.txt", lambda p, b, a: p.write_bytes(b"these are notes\n")), ("text.npz", lambda p, b, a: p.write_bytes(b"hello")),
-    ("nothing.npz", lambda p, b, a: p.write_bytes(b"")), ("half.npz", lambda p, b, a: p.write_bytes(b[:len(b) // 2])),
-    ("tail.npz", lambda p, b, a: p.write_bytes(b[:-20])), ("hole.npz", lambda p, b, a: p.write_bytes(b[:300] + b[500:])),
-    ("zeros.npz", lambda p, b, a: p.write_bytes(b[:len(b) // 2] + bytes(len(b) - len(b) // 2))),    # as a crash of the machine leaves it
+    ("notes.txt", lambda p, b, a: p.write_bytes(b"these are notes\n")), ("nothing.npz", lambda p, b, a: p.write_bytes(b"")),
+    ("half.npz", lambda p, b, a: p.write_bytes(b[:len(b) // 2])), ("tail.npz", lambda p, b, a: p.write_bytes(b[:-20])),
+    ("hole.npz", lambda p, b, a: p.write_bytes(b[:300] + b[500:])), ("zeros.npz", lambda p, b, a: p.write_bytes(b[:-900] + bytes(900))),
     ("compressed.npz", lambda p, b, a: np.savez_compressed(p, **a)), ("array.npz", lambda p, b, a: np.save(p.open("wb"), a["embedding"])),
     ("zip.npz", lambda p, b, a: zipfile.ZipFile(p, "w").writestr("a.txt", "hello")),
-    ("evil.npz", lambda p, b, a: np.savez(p, **{**a, "name": np.array([Evil()] * 5, object)})),
-    ("objects.npz", lambda p, b, a: np.savez(p, **{**a, "embedding": a["embedding"].astype(object)})),
-    *[(f"no-{lost}.npz", lambda p, b, a, lost=lost: np.savez(p, **{k: v for k, v in a.items() if k != lost})) for lost in ARRAYS]])
-def test_refused_gallery_files(name, damage, found, trained_lsmrl, footage, tmp_path):  # noqa: F811
+    ("evil.npz", lambda p, b, a: np.savez(p, **{**a, "name": np.array([Evil()] * 12, object)})),
+    *[(f"no-{lost}.npz", lambda p, b, a, lost=lost: np.savez(p, **{k: v for k, v in a.items() if k != lost}))
+      for lost in ("embedding", "name", "modality", "frame", "shown", "model")]])
+def test_refused_gallery_files(name, damage, found, evaluate, footage, tmp_path):
     """p: the file to write, b: the bytes and a: the arrays of a good one. Each by its name; and what is pickled in one is not run."""
-    good = found[2] / "g.npz"
+    good = found[0] / "g.npz"
     damage(tmp_path / name, good.read_bytes(), dict(np.load(good)))
-    fails(here("evaluate.py", "--checkpoint", trained_lsmrl[0], "--query", footage / "queries", "--gallery", tmp_path / name, "--workers", 0), name)
+    fails(evaluate("--query", footage / "queries", "--gallery", tmp_path / name), name)
     assert not os.path.exists("/tmp/owned-by-a-pickle")
