@@ -234,7 +234,7 @@ def small(tmp_path_factory):
 def test_each_tracklet_is_embedded_once_for_both_directions(small, batch):
     """Defects 1, 2 and 8: 40 tracklets in batches of 8 (none left over), of 13 (a last one of one), of 64 (all at once)."""
     model, config = Averages(), SimpleNamespace(size=(32, 16), frames=2, test_batch=batch, workers=0)
-    results, embeddings = evaluate(model, small, config, torch.device("cpu"))
+    results, embeddings, _ = evaluate(model, small, config, torch.device("cpu"))
     assert model.seen == [int(t.modality == "infrared") for t in small.test]
     frames = torch.stack([torch.stack([read_frame(t.frames[i], (32, 16)) for i in (0, 6)]) for t in small.test])
     expected = Averages().embed(normalise(frames), torch.zeros(40))
