@@ -401,7 +401,7 @@ class SASGL(nn.Module):
         def encode(branch):
             code = torch.zeros(*foreground.shape, self.codes, device=frames.device)
             # A batch norm in training needs two; a synchronised one waits for every process, whatever this one sees.
-            if len(pixels) > 1 or isinstance(branch.bn_s, nn.SyncBatchNorm):
+            if len(pixels) > 1 or self.training and isinstance(branch.bn_s, nn.SyncBatchNorm):
                 code[foreground] = branch(pixels)
             return code.permute(0, 3, 1, 2)
 
