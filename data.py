@@ -16,6 +16,7 @@ pixels at height 256); an order of identities, tracklets and frames that depends
 several processes (torchrun).
 """
 import argparse
+import functools
 import json
 import math
 import multiprocessing
@@ -23,6 +24,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -30,7 +32,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps, ImageSequence
 from tqdm import tqdm
 
 VISIBLE, INFRARED = "visible", "infrared"
@@ -44,23 +46,40 @@ class UserError(Exception):
 def cli(main):
     """Runs main(); a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
     try:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")    # a file's name may be no text
         code = main()
         if processes()[1] > 1:
             dist.destroy_process_group()
         sys.exit(code)
     except UserError as error:
+        rank = take_turn()
         # A DataLoader worker hands its exception on as a whole traceback, whose last line is the message.
-        rank = os.environ.get("RANK", "0")
-        if rank == "0" or processes()[1] > 1:    # before torchrun's processes have joined, all say the same
-            tqdm.write("error: " + f"(process {rank}) " * (rank != "0") + str(error).strip().splitlines()[-1].split("UserError: ")[-1],
-                       file=sys.stderr)    # past open bars
+        tqdm.write("error: " + f"(process {rank}) " * (rank > 0) + str(error).strip().splitlines()[-1].split("UserError: ")[-1],
+                   file=sys.stderr)    # past open bars
+        sys.exit(2)
+    except RuntimeError as error:
+        if processes()[1] == 1 or not re.search("gloo|nccl|peer|socket", str(error), re.IGNORECASE):
+            raise
+        time.sleep(2)
+        tqdm.write(f"error: process {take_turn()} has lost the others ({' '.join(str(error).split())[:120]}); expected their lines above; start again",
+                   file=sys.stderr)
         sys.exit(2)
     except OSError as error:    # too many open files, a vanished disk: the system's own words
         tqdm.write(f"error: {error}; check the disk, the permissions and --workers", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:    # train.py says in it how to go on
-        tqdm.write(str(stop) or "interrupted", file=sys.stderr)
+        if processes()[0] == 0:
+            tqdm.write(str(stop) or "interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def take_turn():
+    """-> this process's rank, after its turn to speak: torchrun ends all processes when the first ends, so that what all have to say
+    is said once."""
+    rank = int(os.environ["RANK"]) if dist.is_available() and dist.is_torchelastic_launched() else 0
+    time.sleep(2 * rank)
+    return rank
 
 
 def processes():
@@ -318,33 +337,37 @@ def load_dataset(path, auxiliary=False):
 
 # ---------------------------------------------------------------- footage ----
 
-ANIMATED = re.compile(r"(.+\.(?:gif|tiff?|webp))#(\d+)", re.IGNORECASE | re.DOTALL)
+ANIMATED = re.compile(r"(.+\.(?:gif|tiff?|webp|apng|avifs?))#(\d+)", re.IGNORECASE | re.DOTALL)
 
 
 def natural(name):
     """Sort key: frame2 before frame10."""
-    return [int(word) if word.isdecimal() else word for word in re.split("([0-9]+)", name.lower())], name
+    return [int(word) if i % 2 else word for i, word in enumerate(re.split("([0-9]+)", name.lower()))], name
 
 
 def read_footage(path, modality):
     """A user's own footage -> {name: Tracklet} in natural order; pid -1, camera "". [ours]
 
     path: a folder with a folder of frames per tracklet, at any depth (the names are relative to it), or a folder of frames. An
-    animated GIF or WebP or a TIFF of several pages, there or given itself, is a tracklet too. Raises UserError."""
+    animated GIF, WebP, APNG or AVIF or a TIFF of several pages, there or given itself, is a tracklet too. Raises UserError."""
     if not os.path.exists(path):
         raise UserError(f"no folder {path}; expected a folder of frames per tracklet; check the path")
     path = os.path.normpath(path)
     readable = {extension for extension, name in Image.registered_extensions().items() if name in Image.OPEN and name != "MPEG"}    # which pillow only recognises
     found, ignored = {}, set()    # found: path of folder or animated file -> its frames
+    above = {path: {os.path.join(os.path.realpath(path), "")}}    # folder -> where it and those above it really are: links may lead in circles
 
     def unreadable(error):    # os.walk would leave the folder out in silence
         raise error
 
     whole = os.walk(path, onerror=unreadable, followlinks=True) if os.path.isdir(path) else [(os.path.dirname(path), [], [os.path.basename(path)])]
     for folder, folders, files in whole:
-        here = os.path.join(os.path.realpath(folder), "")
-        folders[:] = [f for f in folders if not f.startswith(".")
-                      and not here.startswith(os.path.join(os.path.realpath(os.path.join(folder, f)), ""))]    # a link may lead back up
+        for name in list(folders):
+            inner = os.path.join(folder, name)
+            real = os.path.join(os.path.realpath(inner), "")
+            above[inner] = above[folder] | {real}
+            if name.startswith(".") or any(place.startswith(real) for place in above[folder]):
+                folders.remove(name)
         for name in sorted(files, key=natural):
             file, extension = os.path.join(folder, name), os.path.splitext(name)[1].lower()
             if name.startswith(".") or extension not in readable:
@@ -390,23 +413,37 @@ def frame_indices(n, T, rng=None, rule="chunks"):
     return np.minimum(np.arange(T) * chunk + within, n - 1)
 
 
-def read_frame(path, size):
-    """One image -> uint8 (3, H, W), resized bilinearly. Raises UserError that names an unreadable file.
+def picture(image, size):
+    """An open image -> uint8 (3, H, W), upright, resized bilinearly.
 
-    Deeper pictures than 8 bits, as thermal cameras write them, are stretched from their darkest to their brightest value."""
+    Deeper ones than 8 bits, as thermal cameras write them, are stretched from their darkest to their brightest value."""
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode[0] in "IF":    # I, F, I;16 and its byte orders
+        deep = np.nan_to_num(np.asarray(image, np.float32))
+        image = Image.fromarray(((deep - deep.min()) * (255 / max(np.ptp(deep), 1e-6))).astype(np.uint8))
+    if "transparency" in image.info:
+        image = image.convert("RGBA")    # or pillow warns
+    return torch.from_numpy(np.array(image.convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR))).permute(2, 0, 1)
+
+
+@functools.lru_cache(maxsize=1)
+def animation(path, size, modified):
+    """All pictures of an animated file: each builds on the one before, so reading one alone costs as much."""
+    with Image.open(path) as image:
+        return [picture(image.copy(), size) for image in ImageSequence.Iterator(image)]
+
+
+def read_frame(path, size):
+    """One frame -> uint8 (3, H, W), see picture. Raises UserError that names an unreadable file."""
     animated = ANIMATED.fullmatch(path)
     try:
-        with Image.open(animated[1] if animated else path) as image:
-            if animated:
-                image.seek(int(animated[2]))
-            if image.mode[0] in "IF":    # I, F, I;16 and its byte orders
-                deep = np.nan_to_num(np.asarray(image, np.float32))
-                image = Image.fromarray(((deep - deep.min()) * (255 / max(np.ptp(deep), 1e-6))).astype(np.uint8))
-            image = image.convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR)
+        if animated:
+            return animation(animated[1], tuple(size), os.path.getmtime(animated[1]))[int(animated[2])]
+        with Image.open(path) as image:
+            return picture(image, size)
     except Exception as error:    # pillow raises a dozen types for a bad file
         raise UserError(f"{path} cannot be read as an image ({' '.join(str(error).split())[:120]}); "
                         "download it again, or see python data.py for all such files") from None
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 class Frames(torch.utils.data.Dataset):

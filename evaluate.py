@@ -40,6 +40,8 @@ from sasgl import fill, read_tensors
 # method: (build(config, classes, pretrained) -> model, its options)
 METHODS = {"dinogrl": (dinogrl.build, dinogrl.Options), "lsmrl": (lsmrl.build, lsmrl.Options)}
 
+LONGEST = 20    # ranked tracklets that a picture can hold
+
 
 # ------------------------------------------------------------------ evaluation ----
 
@@ -118,16 +120,26 @@ def evaluate(model, dataset, config, device, *, reranked=False, all_frames=False
             if dataset.ignore_same_camera:
                 found[(pid[gallery] == pid[query[row]]) & (camera[gallery] == camera[query[row]])] = torch.inf
             ranked = [(f"{t.camera}, person {t.pid}", t.frames, d, t.pid == q.pid)
-                      for d, t in ((found[g].item(), dataset.test[gallery[g]]) for g in found.argsort(stable=True)[:top]) if d < math.inf]
-            lists.append((f"{direction}: {q.camera}, person {q.pid}", q.frames, ranked))
+                      for d, t in ((found[g].item(), dataset.test[gallery[g]]) for g in found.argsort(stable=True)[:min(top, LONGEST)]) if d < math.inf]
+            words = label({"rerank": reranked, "all_frames": all_frames})
+            lists.append((f"{direction}{f', {words}' * bool(words)}: {q.camera}, person {q.pid}", q.frames, ranked))
     return {"directions": results, "silhouette_iou": silhouette_iou(model, dataset, config, device)}, embeddings, lists
+
+
+def setting(config, all_frames):
+    """What an embedding was made of, in words."""
+    return f"all frames, {config.frames} at a time" if all_frames else f"{config.frames} frames of each tracklet"
+
+
+def label(options):
+    """Results of --rerank and --all-frames are no plain ones, and say so."""
+    return ", ".join(words for key, words in (("rerank", "re-ranked (k-reciprocal)"), ("all_frames", "all frames")) if options.get(key))
 
 
 def table(results):
     """Results -> the table as text, in per cent."""
     figures = "rank-1", "rank-5", "rank-10", "rank-20", "mAP", "mINP"
-    special = [words for key, words in (("rerank", "re-ranked (k-reciprocal)"), ("all_frames", "all frames")) if results.get(key)]
-    lines = [f"{', '.join(special)}:"] * bool(special) + [f"{'':20}" + "".join(f"{k:>9}" for k in (*figures, "queries", "gallery"))]
+    lines = [f"{label(results)}:"] * bool(label(results)) + [f"{'':20}" + "".join(f"{k:>9}" for k in (*figures, "queries", "gallery"))]
     for direction, r in results["directions"].items():
         lines.append(f"{direction:20}" + "".join(f"{100 * r[k]:9.2f}" for k in figures) + f"{r['queries']:9,}{r['gallery']:9,}")
     if results.get("silhouette_iou") is not None:
@@ -137,23 +149,22 @@ def table(results):
 
 # ---------------------------------------------------------------------- search ----
 
-def is_kept(path):
-    """Is --gallery a FILE.npz?"""
-    return os.path.isfile(path) and path.lower().endswith(".npz")
-
-
 def search(args, model, config, device):
-    """--query and --gallery: prints the ranked list of each query -> what --json writes, without its head. Raises UserError."""
+    """--query and --gallery (args.kept: it is a FILE.npz): prints the ranked list of each query -> what --json writes, without its head.
+    Raises UserError."""
     queries = read_footage(args.query, args.query_modality) if args.query else {}
     embed = lambda tracklets: embed_tracklets(model, list(tracklets.values()), config, device, all_frames=args.all_frames)
+    how = setting(config, args.all_frames)
     with tempfile.TemporaryDirectory() as scratch:
-        file = args.gallery if is_kept(args.gallery) else args.save or os.path.join(scratch, "gallery.npz")
-        if not is_kept(args.gallery):
+        file = args.gallery if args.kept else args.save or os.path.join(scratch, "gallery.npz")
+        if not args.kept:
             gallery = read_footage(args.gallery, args.gallery_modality or VISIBLE)
-            write_atomic(file, lambda open_file: write_embeddings(open_file, list(gallery), list(gallery.values()), embed(gallery), model))
+            write_atomic(file, lambda open_file: write_embeddings(open_file, list(gallery), list(gallery.values()), embed(gallery), model, how))
         stored = Stored(file)
-        if stored.model != fingerprint(model):
+        if args.kept and stored.model != fingerprint(model):
             raise UserError(f"{file} was embedded by another model; expected the one of {args.checkpoint or args.official}: embed the gallery again")
+        if stored.setting != how:
+            raise UserError(f"{file} was embedded from {stored.setting}, the queries from {how}; expected the same: see --frames and --all-frames")
         if args.save:
             print(f"{stored.shape[0]:,} tracklets embedded in {args.save}")
         if not queries:
@@ -162,6 +173,7 @@ def search(args, model, config, device):
         piece = lambda start, stop: torch.from_numpy(stored.rows("embedding", start, stop)).to(device)
         results = nearest(stacked(embed(queries), len(queries)).to(device), piece, stored.shape[0], args.top, rows)
         found, lists = [], []
+        print(f"{label(vars(args))}:\n" * args.all_frames, end="")
         for (name, t), distance, index in zip(queries.items(), *(x.tolist() for x in results)):
             print(f"{name} ({t.modality}, {len(t.frames)} frame{'s' * (len(t.frames) > 1)}), the nearest of {stored.shape[0]:,}:")
             ranked = [(d, *(stored.rows(column, g, g + 1)[0].tolist() for column in ("name", "modality", "shown"))) for d, g in zip(distance, index)]
@@ -169,11 +181,11 @@ def search(args, model, config, device):
                 print(f"{r:6}{d:12.4f}  {modality:10}{other}")
             found.append({"query": name, "modality": t.modality, "frames": len(t.frames),
                           "ranked": [{"tracklet": other, "modality": modality, "distance": d} for d, other, modality, _ in ranked]})
-            lists.append((f"{name}, {t.modality}", t.frames, [(other, shown, d, None) for d, other, _, shown in ranked]))
+            lists.append((f"{name}, {t.modality}", t.frames, [(other, shown, d, None) for d, other, _, shown in ranked[:LONGEST]]))
     if args.figure:
         write_picture(args.figure, draw_ranking(lists[:50], config.size))    # more would be no picture
-        if len(lists) > 50:
-            print(f"{args.figure} shows the first 50 of {len(lists):,} queries")
+        if len(lists) > 50 or args.top > LONGEST:
+            print(f"{args.figure} shows at most 50 queries and {LONGEST} tracklets for each")
     if args.silhouettes:
         write_picture(args.silhouettes, draw_silhouettes(model, Dataset("footage", args.query), evenly(list(queries.values()), 4), config, device))
     return {"gallery": stored.shape[0], "queries": found}
@@ -244,7 +256,10 @@ def choose_device(name):
     Raises UserError if it cannot be used."""
     together = dist.is_available() and dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if together and name == "cuda":
+    if together and name.startswith("cuda"):
+        if name != "cuda" or int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+            raise UserError(f"--device {name} and {os.environ['LOCAL_WORLD_SIZE']} processes on {torch.cuda.device_count()} GPUs; expected --device cuda and "
+                            "a GPU for each: lower --nproc_per_node")
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
@@ -284,20 +299,29 @@ def main():
     args = parser.parse_args()
     if args.gallery == "" or args.query == "":
         parser.error("--query or --gallery is empty; name a folder: is a shell variable unset?")
+    outputs = {"save": ".npz", "json": ".json", "figure": ".png", "silhouettes": ".png"}
+    for option, kind in outputs.items():    # before the work, not after
+        path = getattr(args, option)
+        if path is not None and not path.lower().endswith(kind):    # so that none can take the place of a frame, a checkpoint or another output
+            parser.error(f"--{option} {path or 'is empty'}; expected a name that ends in {kind}")
+        if path and not os.path.isdir(os.path.dirname(path) or "."):
+            raise UserError(f"no folder {os.path.dirname(path)} for {path}; make it first")
+        if path and os.path.lexists(path) and not os.path.isfile(path):
+            parser.error(f"--{option} {path} is no file; choose another name")
+    if args.figure and args.silhouettes and os.path.realpath(args.figure) == os.path.realpath(args.silhouettes):
+        parser.error(f"--figure and --silhouettes are both {args.figure}; choose two names")
+    args.kept = bool(args.gallery) and os.path.isfile(args.gallery) and args.gallery.lower().endswith(".npz")
     if (args.query or args.gallery) and (args.data or args.rerank):
         parser.error("--data and --rerank are for a benchmark, whose gallery is closed; drop them, or --query and --gallery")
     if args.query and not args.gallery:
         parser.error("--query needs --gallery: where to look")
     if args.gallery:
-        if is_kept(args.gallery) and (args.gallery_modality or args.save):
+        if args.kept and (args.gallery_modality or args.save):
             parser.error(f"{args.gallery} is embedded already and knows its modality; drop --gallery-modality and --save")
         if not args.query and (not args.save or args.json or args.figure or args.silhouettes):
             parser.error("--gallery alone only embeds: give --save FILE.npz for it, or --query DIR to search")
     elif args.official and not args.data:
         parser.error("--official needs --data PATH")
-    for path in filter(None, (args.json, args.save, args.figure, args.silhouettes)):    # before the work, not after
-        if not os.path.isdir(os.path.dirname(path) or "."):
-            raise UserError(f"no folder {os.path.dirname(path)} for {path}; make it first")
     start, device = time.time(), choose_device(args.device)
     if args.official:
         torch.backends.cudnn.allow_tf32 = False    # the authors' embeddings to float32's last digits
@@ -332,7 +356,7 @@ def main():
         write_json(args.json, results)
     if args.save:
         names = [os.path.relpath(t.frames[0], dataset.root) for t in dataset.test]
-        write_atomic(args.save, lambda file: write_embeddings(file, names, dataset.test, embeddings, model))
+        write_atomic(args.save, lambda file: write_embeddings(file, names, dataset.test, embeddings, model, setting(config, args.all_frames)))
     if args.figure:
         write_picture(args.figure, draw_ranking(lists, config.size))
     if args.silhouettes:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from data import INFRARED, VISIBLE, Frames, UserError, normalise, read_frame
+from data import ANIMATED, INFRARED, VISIBLE, Frames, UserError, normalise, read_frame
 from sasgl import choose_body
 
 GREEN, RED, GREY = (0, 150, 60), (215, 45, 35), (150, 150, 150)
@@ -105,7 +105,9 @@ def draw_silhouettes(model, dataset, tracklets, config, device, height=128):
         draw.text((6, top + r * (height + gap) + height // 2 - 8), name, fill="black", font=font)
     for c, (t, (frames, view, masks, iou)) in enumerate(zip(tracklets, seen)):
         x = left + c * column_width
-        who = f"{t.camera}, person {t.pid}" if t.pid >= 0 else os.path.basename(os.path.dirname(t.frames[0]))
+        animated = ANIMATED.fullmatch(t.frames[0])
+        own = os.path.basename(animated[1] if animated else os.path.dirname(t.frames[0]))
+        who = f"{t.camera}, person {t.pid}" if t.pid >= 0 else own
         draw.text((x, 4), elided(f"{t.modality} {who}", column_width - gap, font), fill="black", font=font)
         for r, images in enumerate((frames / 255, choose_body(view.mask), view.silhouette, codes[0][c], codes[1][c], masks)):
             if images is not None:
@@ -213,7 +215,7 @@ class Panel:
 def draw_curves(log, title):
     """log: the lines of log.jsonl as dicts -> every loss by epoch (logarithmic) and, where it was evaluated, Rank-1 in per cent."""
     losses = {name: [(line["epoch"], line[name]) for line in log if line.get(name, 0) > 0]    # a logarithm's axis has no 0
-              for name in log[-1] if name not in ("epoch", "lr", "seconds", "rank-1", "mAP") and not name.startswith("accuracy")}
+              for name in dict.fromkeys(name for line in log for name in line) if name not in ("epoch", "lr", "seconds", "rank-1", "mAP") and not name.startswith("accuracy")}
     losses = {name: points for name, points in losses.items() if points}
     sheet = Image.new("RGB", (SCALE * 1240, SCALE * max(420, 100 + 20 * len(losses))), "white")
     bottom, epochs = sheet.height // SCALE - 62, log[-1]["epoch"]

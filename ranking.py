@@ -195,7 +195,7 @@ class Stored:
             sizes = {self.arrays[name][1][0] for name in ("embedding", "name", "modality", "frame", "shown")}
             if len(self.shape) != 3 or self.dtype != np.float32 or len(sizes) != 1 or 0 in self.shape:
                 raise ValueError(f"embedding {self.dtype} {self.shape}")
-            self.model = str(self.rows("model", 0, 1)[0])
+            self.model, self.setting = (str(self.rows(name, 0, 1)[0]) for name in ("model", "setting"))
         except (OSError, ValueError, KeyError, IndexError, EOFError, NotImplementedError, SyntaxError, zipfile.BadZipFile) as error:
             raise UserError(f"{path} holds no gallery ({type(error).__name__}: {' '.join(str(error).split())[:80]}); expected a FILE.npz of "
                             "evaluate.py --save; make it again") from None
@@ -215,11 +215,12 @@ def fingerprint(model):
     return digest.hexdigest()
 
 
-def write_embeddings(file, names, tracklets, embeddings, model):
+def write_embeddings(file, names, tracklets, embeddings, model, setting):
     """N tracklets with their names, their embeddings (parts, dim) one after the other -> an open FILE.npz; one at a time is in memory.
-    embedding (N, parts, dim), name, pid, camera, modality, frame (the first), shown (four, for pictures), model (fingerprint)."""
+    embedding (N, parts, dim), name, pid, camera, modality, frame (the first), shown (four, for pictures), model (fingerprint), setting
+    (what the embeddings were made of, in words)."""
     columns = {"name": names, "pid": [t.pid for t in tracklets], "camera": [t.camera for t in tracklets],
-               "modality": [t.modality for t in tracklets], "frame": [t.frames[0] for t in tracklets], "model": [fingerprint(model)],
+               "modality": [t.modality for t in tracklets], "frame": [t.frames[0] for t in tracklets], "model": [fingerprint(model)], "setting": [setting],
                "shown": [[os.path.abspath(t.frames[i]) for i in frame_indices(len(t.frames), 4)] for t in tracklets]}
     with zipfile.ZipFile(file, "w") as archive:    # stored, not compressed: Stored reads it in place
         with archive.open("embedding.npy", "w", force_zip64=True) as member:

@@ -4,7 +4,7 @@
     python train.py --data PATH              the paper's recipe on HITSZ-VCM or BUPTCampus
     python train.py --method lsmrl ...       the second method, with its own recipe and its own small preset
     python train.py --resume runs/NAME       goes on exactly where a run stopped, be it by Ctrl-C or by a kill
-    torchrun --nproc_per_node=N train.py ... the same run on N GPUs (or processes of a CPU)
+    torchrun --nproc_per_node=N -- train.py ...    the same run on N GPUs (or processes of a CPU)
 
 A run lives in one folder: config.json, log.jsonl (a line per epoch), last.pt, results.json, curves.png, for each evaluation a
 silhouettes-EPOCH.png (DinoGRL). The result is the last epoch's: choosing the best epoch by its test score would be choosing on the
@@ -176,7 +176,7 @@ def check(config):
 
 
 def run_folder(config, run, resume, name, first_epoch):
-    """-> the run's folder, made if need be, and the log's lines so far. Raises UserError if `run` holds anything of another
+    """-> the run's folder, made if need be, and the log so far, a dict an epoch. Raises UserError if `run` holds anything of another
     run: nothing is ever overwritten."""
     if run is None:
         stem = os.path.join("runs", f"{config.method}-{name.lower()}")
@@ -187,13 +187,16 @@ def run_folder(config, run, resume, name, first_epoch):
         if resume and os.path.samefile(run, resume):
             path = os.path.join(run, "log.jsonl")
             lines = open(path, encoding="utf-8").read().splitlines() if os.path.exists(path) else []
-            log = lines[:first_epoch]    # one an epoch; a run cut before its checkpoint has one too many
+            log = [line for line in map(json.loads, lines) if line["epoch"] <= first_epoch]    # a run cut before its checkpoint has one more
             for leftover in [name for name in os.listdir(run) if re.search(r"\.\d+\.tmp$", name)]:
                 os.remove(os.path.join(run, leftover))    # what write_atomic was writing when the run was killed
-        elif os.listdir(run):
+        elif set(os.listdir(run)) - {"config.json"}:    # that alone is left by a run that was stopped before its first step
             raise UserError(f"{run} is not empty; choose another --run" + (f", or go on with it by --resume {run}" if
                             os.path.exists(os.path.join(run, "last.pt")) else ""))
-    except (OSError, UnicodeDecodeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run}/log.jsonl has a line that is none ({type(error).__name__}: {' '.join(str(error).split())[:80]}); expected one JSON object "
+                        "an epoch; remove that line") from None
+    except OSError as error:
         raise UserError(f"{run} cannot be used ({error}); choose another --run") from None
     return run, log
 
@@ -273,7 +276,12 @@ def main():
 
     # Model, optimizer
     torch.manual_seed(config.seed)
+    waits = world > 1 and os.environ["LOCAL_RANK"] != "0"
+    if waits:
+        dist.barrier()    # while the first process of the machine downloads what is missing
     model = METHODS[config.method][0](config, len(dataset.classes), pretrained=resume is None).to(device)
+    if world > 1 and not waits:
+        dist.barrier()
     groups = model.parameter_groups()
     rates = [config.lr * group.pop("factor") for group in groups]
     optimizer = getattr(torch.optim, config.optimizer)([{**group, "lr": lr} for group, lr in zip(groups, rates)],
@@ -294,7 +302,7 @@ def main():
             if checkpoint["scaler"] and scaler.is_enabled():
                 scaler.load_state_dict(checkpoint["scaler"])
             first_epoch, first_step, sums = int(checkpoint["epoch"]), int(checkpoint.get("step", 0)), dict(checkpoint.get("sums", {}))
-            for kind, restore in {"cpu": torch.set_rng_state, "cuda": torch.cuda.set_rng_state}.items():
+            for kind, restore in {"cpu": torch.set_rng_state, "cuda": lambda state: torch.cuda.set_rng_state(state, device)}.items():
                 states = checkpoint["random"][kind]    # a row per process
                 if kind in ("cpu", device.type) and states is not None and rank < len(torch.atleast_2d(states)):
                     restore(torch.atleast_2d(states)[rank].clone())    # torch reads a view from its storage's beginning
@@ -307,7 +315,10 @@ def main():
         for group, lr in zip(optimizer.param_groups, rates):
             group.update(lr=lr * rate(config)(first_epoch), initial_lr=lr, weight_decay=config.weight_decay)
         checkpoint = None    # gigabytes that nobody needs any more
-    run, log = run_folder(config, run, resume, dataset.name, first_epoch) if rank == 0 else (run or "the run", [])
+    place = [*run_folder(config, run, resume, dataset.name, first_epoch)] if rank == 0 else [None, None]
+    if world > 1:
+        dist.broadcast_object_list(place)
+    run, log = place
     if rank == 0:
         write_json(os.path.join(run, "config.json"), asdict(config))
         print(f"{config.method} on {dataset.name}: {len(dataset.classes)} training identities, {len(dataset.train):,} tracklets; "
@@ -327,7 +338,7 @@ def main():
     def save(epoch, step=0, sums={}):
         """Everything that going on exactly needs: `epoch` whole epochs and `step` steps of the next are done."""
         random = {"cpu": gathered(torch.get_rng_state()[None].to(device)).cpu(),    # (processes, bytes)
-                  "cuda": gathered(torch.cuda.get_rng_state()[None].to(device)).cpu() if device.type == "cuda" else None}
+                  "cuda": gathered(torch.cuda.get_rng_state(device)[None].to(device)).cpu() if device.type == "cuda" else None}
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
                  "scaler": scaler.state_dict(), "epoch": epoch, "step": step, "sums": sums, "config": asdict(config),
                  "classes": dataset.classes, "method": config.method, "random": random}
@@ -349,6 +360,11 @@ def main():
         if world == 1:    # of several processes each may hear it twice, from the terminal and from torchrun
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    def due(epoch):
+        return epoch == config.epochs or bool(config.evaluate_every) and epoch % config.evaluate_every == 0
+
+    if log and not first_step and first_epoch < config.epochs and due(first_epoch) and "rank-1" not in log[-1]:
+        report(model, dataset, config, device, run, log, first_epoch, start)    # the run was stopped before it came to that
     for epoch in range(first_epoch, config.epochs):
         model.train()
         sampler.epoch, sampler.start, recent, epoch_start = epoch, first_step, [], time.time()
@@ -378,21 +394,21 @@ def main():
                 *means, stop = (numbers / world).tolist()
                 means = dict(zip(sums, means))
                 if not all(np.isfinite(value) for value in means.values()):
-                    name_culprit(recent, dataset, f"epoch {epoch + 1}", run)
+                    raise UserError(culprit(recent, dataset, f"epoch {epoch + 1}", run))
                 recent.clear()
                 bar.set_postfix_str(f"{(step + 1 - first_step) * world * frames.shape[0] * frames.shape[1] / seconds:.0f} frames/s "
                                     + brief(means))
-            if epoch == first_epoch and step == min(first_step + 2, config.steps - 1) and device.type == "cpu" and dataset.name != "walkers":
+            if epoch == first_epoch and step == min(first_step + 2, config.steps - 1) and device.type == "cpu" and dataset.name != "walkers" and rank == 0:
                 bar.write(f"no CUDA here: about {seconds / (step + 1 - first_step) * config.steps / 3600:.2g} hours an epoch on this CPU")
             if stop and step + 1 < config.steps:
-                save(epoch, step + 1, sums)
+                save(epoch, step + 1, {name: gathered(value.to(device)[None]).mean() for name, value in sums.items()})
                 bar.close()
                 raise KeyboardInterrupt(f"interrupted and saved after step {step + 1} of epoch {epoch + 1}; go on: python train.py --resume {run}")
 
         # Log, save, evaluate
         line = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], **means, "seconds": round(time.time() - epoch_start, 1)}
         scheduler.step()
-        log.append(json.dumps(line))
+        log.append(line)
         first_step, sums = 0, {}
         if rank == 0:
             write_log(run, log)
@@ -400,48 +416,56 @@ def main():
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if stop:
             raise KeyboardInterrupt(f"interrupted and saved after epoch {epoch + 1}; go on: python train.py --resume {run}")
-        if epoch + 1 == config.epochs or (config.evaluate_every and (epoch + 1) % config.evaluate_every == 0):
-            report(model, dataset, config, device, run, log, start)
+        if due(epoch + 1):
+            report(model, dataset, config, device, run, log, epoch + 1, start)
     if first_epoch >= config.epochs:
         if rank == 0:
             print(f"{run} has its {first_epoch} epochs already; raise --epochs to go on" if resume else "the untrained model")
-        report(model, dataset, config, device, run, log, start)
+        report(model, dataset, config, device, run, log, first_epoch, start)
 
 
-def name_culprit(recent, dataset, epoch, run):
-    """recent: (step, tracklet indices, {name: value}) of the steps since all was well. Raises UserError that names the first value
-    that is not finite and the tracklets of its batch. last.pt is older, and good."""
+def culprit(recent, dataset, epoch, run):
+    """recent: (step, tracklet indices, {name: value}) of the steps since all was well -> the words that name the first value which is
+    not finite, in whichever process, and the tracklets of its batch. last.pt is older, and good."""
+    words = None
     for step, index, values in recent:
         for name, value in values.items():
-            if not value.isfinite():
+            if not (words or value.isfinite()):
                 batch = " ".join(os.path.relpath(os.path.dirname(dataset.train[i].frames[0]), dataset.root) for i in index.tolist())
-                raise UserError(f"{name} is {value.item()} in {epoch}, step {step + 1}; {run}/last.pt is older and good: resume it with a lower "
-                                f"--lr or --precision float32, or look at the batch's tracklets: {batch}")
-    raise UserError(f"a mean loss is not finite in {epoch}, though none of this process's is; {run}/last.pt is older and good: see the other processes' lines")
+                words = (f"{name} is {value.item()} in {epoch}, step {step + 1}; {run}/last.pt is older and good: resume it with a lower "
+                         f"--lr or --precision float32, or look at the batch's tracklets: {batch}")
+    everyone = [words]
+    if processes()[1] > 1:
+        everyone = [None] * processes()[1]
+        dist.all_gather_object(everyone, words)
+    return next(filter(None, everyone), f"the mean of a loss is not finite in {epoch}; {run}/last.pt is older and good: resume it with a lower --lr")
 
 
 def write_log(run, log):
-    write_atomic(os.path.join(run, "log.jsonl"), lambda file: file.write("".join(f"{line}\n" for line in log).encode()))
+    write_atomic(os.path.join(run, "log.jsonl"), lambda file: file.write("".join(f"{json.dumps(line)}\n" for line in log).encode()))
 
 
-def report(model, dataset, config, device, run, log, start):
+def report(model, dataset, config, device, run, log, epoch, start):
     """Evaluates, prints the table, writes results.json and the pictures, adds Rank-1 and mAP to the last line of the log."""
     for buffer in model.buffers() if processes()[1] > 1 else ():    # process 0's batch norms, which are saved, count
         dist.broadcast(buffer, 0)
-    results, *_ = evaluate(model, dataset, config, device)
+    try:
+        results, *_ = evaluate(model, dataset, config, device)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted in the evaluation after epoch {epoch}, which is saved; go on: python train.py --resume {run}") from None
     if results is None:    # process 0 does the rest
         return
     results = {"method": config.method, "dataset": dataset.name, **results, "seconds": round(time.time() - start, 1)}
     write_json(os.path.join(run, "results.json"), results)
     written = []
     if getattr(model, "sasgl", None) is not None:
-        written.append(f"silhouettes-{len(log)}.png shows what the model sees")
-        write_picture(os.path.join(run, f"silhouettes-{len(log)}.png"), draw_silhouettes(model, dataset, samples(dataset.test), config, device))
+        written.append(f"silhouettes-{epoch}.png shows what the model sees")
+        write_picture(os.path.join(run, f"silhouettes-{epoch}.png"), draw_silhouettes(model, dataset, samples(dataset.test), config, device))
     if log:
-        log[-1] = json.dumps({**json.loads(log[-1]), **{key: {d: r[key] for d, r in results["directions"].items()} for key in ("rank-1", "mAP")}})
+        log[-1].update({key: {d: r[key] for d, r in results["directions"].items()} for key in ("rank-1", "mAP")})
         write_log(run, log)
         written.append("curves.png how it learned")
-        write_picture(os.path.join(run, "curves.png"), draw_curves([json.loads(line) for line in log], f"{config.method} on {dataset.name}"))
+        write_picture(os.path.join(run, "curves.png"), draw_curves(log, f"{config.method} on {dataset.name}"))
     print(f"\n{table(results)}\nEverything is in {run}{os.sep}" + "; ".join(["", *written]))
 
 

@@ -53,7 +53,7 @@ def search(G, P, D, name):
         tracklets = [Tracklet((f"camera{i % 12}/{i:07}/1.jpg",), -1, "", "visible") for i in range(G)]
         with open(path, "wb") as file:
             write_embeddings(file, [f"camera{i % 12}/{i:07}" for i in range(G)], tracklets, (torch.randn(P, D, generator=generator) for _ in range(G)),
-                             SimpleNamespace(state_dict=dict))
+                             SimpleNamespace(state_dict=dict), "random numbers")
         stored, rows = Stored(path), max(1, 2 ** 24 // (P * D))
         piece = lambda start, stop: torch.from_numpy(stored.rows("embedding", start, stop)).to(DEVICE)
         for Q in 1, 100:

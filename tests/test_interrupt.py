@@ -1,4 +1,5 @@
 """A run may be stopped at any moment, and nothing is lost: resumed, it ends with the weights of the run that was left alone."""
+import errno
 import json
 import os
 import random
@@ -11,6 +12,8 @@ import time
 import pytest
 import torch
 
+from data import UserError
+from evaluate import write_json
 from test_scripts import ROOT, TINY_LSMRL, fails, here, run, same_bits, tensors_of
 
 LONGER = [*TINY_LSMRL, "--epochs", "4", "--steps", "30"]    # some seconds of training
@@ -90,6 +93,18 @@ def test_a_loss_that_is_not_finite_is_named_with_its_tracklets(whole, walkers, t
     content = (tmp_path / "run" / "last.pt").read_bytes()
     fails(here("train.py", "--resume", tmp_path / "run", "--epochs", 5), "is nan in epoch 5, step 1;", "Train/000", "older and good")
     assert (tmp_path / "run" / "last.pt").read_bytes() == content
+
+
+def test_a_read_only_folder_keeps_the_old_file_and_says_so(tmp_path, monkeypatch):
+    (tmp_path / "results.json").write_text("before")
+    for name in "open", "replace":    # refused at once, or at the last moment
+        def refuse(*_):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        with monkeypatch.context() as patch:
+            patch.setattr(*(("builtins.open", refuse) if name == "open" else (os, "replace", refuse)))
+            with pytest.raises(UserError, match="results.json cannot be written .*Read-only file system.* untouched"):
+                write_json(tmp_path / "results.json", {})
+        assert (tmp_path / "results.json").read_text() == "before" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_full_disk_keeps_the_checkpoint_and_says_so(whole, tmp_path):
