@@ -5,15 +5,14 @@
        test:  every test tracklet once, in order                          -> Frames -> uint8 (B,T,3,H,W) -> normalise
 
 PATH may be HITSZ-VCM in any of its three layouts, or BUPTCampus; which one is seen from its files (README, Data).
-`python data.py PATH` prints the statistics and every problem: run it once before the first training. Anything else that a camera
-recorded is footage: read_footage, for `python evaluate.py --query DIR --gallery DIR`.
+`python data.py PATH` prints the statistics and every problem: run it once before the first training.
 
 Quick question: why does every frame of a tracklet get the same crop, flip and erased rectangle? (Drawn anew per frame,
 a walking person would jump and turn about six times a second, and gait is what moves.)
 
 Ours, not the paper's: one draw of the augmentation per tracklet; the pad of the random crop scales with the image (10
-pixels at height 256); an order of identities, tracklets and frames that depends on seed and epoch alone; the checks; footage;
-several processes (torchrun).
+pixels at height 256); an order of identities, tracklets and frames that depends on seed and epoch alone; the checks;
+several processes (torchrun); frames that thermal cameras and animated files hold.
 """
 import argparse
 import functools
@@ -335,73 +334,10 @@ def load_dataset(path, auxiliary=False):
     return dataset
 
 
-# ---------------------------------------------------------------- footage ----
+# ----------------------------------------------------------------- frames ----
 
 ANIMATED = re.compile(r"(.+\.(?:gif|tiff?|webp|apng|avifs?))#(\d+)", re.IGNORECASE | re.DOTALL)
 
-
-def natural(name):
-    """Sort key: frame2 before frame10."""
-    return [int(word) if i % 2 else word for i, word in enumerate(re.split("([0-9]+)", name.lower()))], name
-
-
-def read_footage(path, modality):
-    """A user's own footage -> {name: Tracklet} in natural order; pid -1, camera "". [ours]
-
-    path: a folder with a folder of frames per tracklet, at any depth (the names are relative to it), or a folder of frames. An
-    animated GIF, WebP, APNG or AVIF or a TIFF of several pages, there or given itself, is a tracklet too. Raises UserError."""
-    if not os.path.exists(path):
-        raise UserError(f"no folder {path}; expected a folder of frames per tracklet; check the path")
-    path = os.path.normpath(path)
-    readable = {extension for extension, name in Image.registered_extensions().items() if name in Image.OPEN and name != "MPEG"}    # which pillow only recognises
-    found, ignored = {}, set()    # found: path of folder or animated file -> its frames
-    above = {path: {os.path.join(os.path.realpath(path), "")}}    # folder -> where it and those above it really are: links may lead in circles
-
-    def unreadable(error):    # os.walk would leave the folder out in silence
-        raise error
-
-    whole = os.walk(path, onerror=unreadable, followlinks=True) if os.path.isdir(path) else [(os.path.dirname(path), [], [os.path.basename(path)])]
-    for folder, folders, files in whole:
-        for name in list(folders):
-            inner = os.path.join(folder, name)
-            real = os.path.join(os.path.realpath(inner), "")
-            above[inner] = above[folder] | {real}
-            if name.startswith(".") or any(place.startswith(real) for place in above[folder]):
-                folders.remove(name)
-        for name in sorted(files, key=natural):
-            file, extension = os.path.join(folder, name), os.path.splitext(name)[1].lower()
-            if name.startswith(".") or extension not in readable:
-                ignored.add(extension or name)
-                continue
-            pictures = 1
-            if ANIMATED.fullmatch(name + "#0"):
-                try:
-                    with Image.open(file) as image:
-                        pictures = getattr(image, "n_frames", 1)
-                except Exception as error:    # pillow raises a dozen types for a bad file
-                    raise UserError(f"{file} cannot be read as an image ({' '.join(str(error).split())[:120]}); export it again or remove it") from None
-            if pictures > 1:
-                found[file] = [f"{file}#{n}" for n in range(pictures)]
-            else:
-                found.setdefault(folder if os.path.isdir(path) else file, []).append(file)
-    for frames in found.values():
-        folder = os.path.dirname(frames[0])
-        while len(folder) > len(path):
-            folder = os.path.dirname(folder)
-            if folder in found:
-                raise UserError(f"{folder} holds {len(found[folder])} loose frames beside folders of frames; expected one or the other; move "
-                                "them into a folder of their own")
-    if not found:
-        raise UserError(f"no frames under {path}" + f" (only {' '.join(sorted(ignored)[:5])} files)" * bool(ignored) + "; expected a folder of "
-                        "images per tracklet; of a video, extract the frames first")
-    tracklets = {}
-    for place, frames in found.items():
-        name = os.path.basename(os.path.abspath(path)) if place == path else os.path.relpath(place, path).replace(os.sep, "/")
-        tracklets[name] = Tracklet(tuple(frames), -1, "", modality)
-    return {name: tracklets[name] for name in sorted(tracklets, key=natural)}
-
-
-# ----------------------------------------------------------------- frames ----
 
 def frame_indices(n, T, rng=None, rule="chunks"):
     """T of n frames, in order. With rng (training): one random frame of each of T equal chunks (ceil; the last frame

@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 import lsmrl
 import model as dinogrl
-from data import (INFRARED, VISIBLE, Dataset, Frames, Tracklet, UserError, cli, frame_indices, ignore_interrupts, load_dataset, normalise, processes,
-                  read_footage)
+from data import (INFRARED, VISIBLE, Dataset, Frames, Tracklet, UserError, cli, frame_indices, ignore_interrupts, load_dataset, normalise, processes)
+from footage import read_footage
 from pictures import draw_ranking, draw_silhouettes, evenly, samples, silhouette_iou
 from ranking import Stored, codes, distances, fingerprint, nearest, rerank, score, write_embeddings
 from sasgl import fill, read_tensors

@@ -133,6 +133,21 @@ def test_options_given_on_resume_override_the_run_s(trained, tmp_path):
     fails(here("train.py", "--resume", tmp_path / "light.pt", "--epochs", 2), "no optimizer")
 
 
+def test_an_evaluation_that_a_stop_has_cost_is_made_up_for(trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0], folder)
+    line = json.loads((folder / "log.jsonl").read_text())
+    (folder / "log.jsonl").write_text(json.dumps({k: v for k, v in line.items() if k not in ("rank-1", "mAP")}) + "\n" + json.dumps({**line, "epoch": 2}) + "\n")
+    (folder / "silhouettes-1.png").unlink()
+    result = here("train.py", "--resume", folder, "--epochs", 2, "--evaluate-every", 1)
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(s) for s in (folder / "log.jsonl").read_text().splitlines()]    # the second line was of an epoch that was not saved
+    assert [line["epoch"] for line in lines] == [1, 2] and all({"infrared->visible", "visible->infrared"} == set(line["rank-1"]) for line in lines)
+    assert {"silhouettes-1.png", "silhouettes-2.png", "curves.png"} <= set(os.listdir(folder))
+    (folder / "log.jsonl").write_text("{\n")
+    fails(here("train.py", "--resume", folder, "--epochs", 3), "log.jsonl", "remove that line")
+
+
 def test_a_masks_folder_of_another_kind_gives_no_iou(walkers, tmp_path):
     data = spoiled(walkers, tmp_path, lambda d: (shutil.rmtree(d / "masks"), (d / "masks").mkdir()))
     result = run("train.py", "--data", data, "--run", tmp_path / "run", *TINY, "--epochs", 0)

@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data import Tracklet, UserError, frame_indices, load_dataset, read_footage, read_frame
+from data import Tracklet, UserError, frame_indices, load_dataset, read_frame
 from evaluate import clips
+from footage import read_footage
 from ranking import distances, metrics, nearest, rerank
 from layouts import picture
 from test_scripts import TINY, Evil, fails, here, tensors_of, trained_lsmrl  # noqa: F401
@@ -78,6 +79,24 @@ def test_refused_folders(files, words, tmp_path):
     with pytest.raises(UserError) as caught:
         read_footage(tmp_path / ("nowhere" if files is None else "own"), "visible")
     assert all(word in str(caught.value).lower() for word in words.split()) and "\n" not in str(caught.value), caught.value
+
+
+def test_links_in_circles_and_foreign_digits(tmp_path):
+    for name in "a/3", "a/\u0663", "b/10":    # an Arabic three
+        grey(tmp_path / name / "1.png", 9)
+    for link, target in ("a/x", "b"), ("b/y", "a"), ("b/up", "."):
+        (tmp_path / link).symlink_to(tmp_path / target)
+    assert list(read_footage(tmp_path, "visible")) == ["a/3", "a/x/10", "a/\u0663", "b/10", "b/y/3", "b/y/\u0663"]
+
+
+def test_a_picture_is_upright_and_its_transparency_no_matter(tmp_path):
+    picture = Image.fromarray(np.tile(np.array([[0], [250]], np.uint8), (1, 2)))    # dark above, bright below
+    exif = picture.getexif()
+    exif[0x0112] = 3    # the camera was upside down
+    picture.save(tmp_path / "a.png", exif=exif)
+    assert read_frame(str(tmp_path / "a.png"), (2, 2))[0, :, 0].tolist() == [250, 0]
+    picture.convert("P").save(tmp_path / "p.png", transparency=bytes([0, 255]))
+    assert read_frame(str(tmp_path / "p.png"), (2, 2))[0, :, 0].tolist() == [0, 250]
 
 
 @pytest.mark.parametrize("name", ["walk.gif", "walk.webp", "walk.tiff"])
@@ -309,7 +328,8 @@ def test_silhouettes_and_figures_of_dinogrl(evaluate, footage, walkers, tmp_path
 
 
 @pytest.mark.parametrize("options, word", [
-    ("--query {q}", "--gallery"), ("--gallery {g}", "--save"), ("--gallery {npz}", "--save"), (SEARCH + "--data {data}", "--data"),
+    (SEARCH + "--json {q}/1.jpg", ".json"), (SEARCH + "--figure a.png --silhouettes ./a.png", "two names"), (SEARCH + "--json=", "--json is empty"),
+    ("--query {q} --gallery {npz} --all-frames", "all frames, 2 at a time"), ("--query {q}", "--gallery"), ("--gallery {g}", "--save"), ("--gallery {npz}", "--save"), (SEARCH + "--data {data}", "--data"),
     ("--gallery {g} --save {tmp}/e.npz --data {data}", "--data"), ("--query {q} --data {data}", "--data"), (SEARCH + "--rerank", "--rerank"),
     (SEARCH + "--top 0", "--top"), (SEARCH + "--top -3", "--top"), ("--query {q} --gallery {npz} --gallery-modality visible", "--gallery-modality"),
     (SEARCH + "--save {tmp}/none/e.npz", "none"), ("--gallery {g} --save {tmp}/none/e.npz", "none"), (SEARCH + "--json {tmp}/none/r.json", "none"),
