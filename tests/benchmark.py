@@ -1,9 +1,10 @@
 """How fast the parts are: `python tests/benchmark.py` prints a table, each part against a plain reference in the same run.
 
-    python tests/benchmark.py               search in 100,000 tracklets, re-ranking of 2,000 x 2,000 against the usual code; minutes, 8 GB of disk
+    python tests/benchmark.py               at HITSZ-VCM's size, search in 100,000 tracklets; some minutes, 8 GB of disk
     python tests/benchmark.py --quick       a tenth of it, under a minute
 
-Times are medians of three runs, on CUDA where there is one. The gallery of the search lies in a file made for it and removed again.
+PBMGE, the metrics, the distances, re-ranking and search so far. Times are medians of three runs, on CUDA where there is one. The
+gallery of the search lies in a file made for it and removed again.
 """
 import argparse
 import os
@@ -20,7 +21,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import Tracklet    # noqa: E402
-from ranking import Stored, distances, nearest, rerank, write_embeddings    # noqa: E402
+from pbmge import PBMGE    # noqa: E402
+from ranking import Stored, distances, metrics, nearest, rerank, write_embeddings    # noqa: E402
+from test_pbmge import literal_pbmge    # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -43,6 +46,82 @@ def peak():
 
 def print_row(part, work, seconds, reference="", ratio=""):
     print(f"{part:12}{work:64}{seconds:>10}{reference:>24}{ratio:>8}", flush=True)
+
+
+def compare(part, work, ours, usual, same, runs=3):
+    """Both once, to see that they agree; then the medians and their ratio."""
+    same(ours(), usual())
+    fast, slow = median(ours, runs), median(usual, runs)
+    print_row(part, work, f"{fast:.3g} s", f"usual code {slow:.3g} s", f"{slow / fast:.1f} x")
+    return fast
+
+
+def fusion(B, D=256, strips=(1, 2, 4, 8, 16)):
+    """PBMGE forward and backward against the paper's formulas; then how its cost grows with the channels."""
+    torch.manual_seed(0)
+
+    def step(form, dim, batch):
+        module = PBMGE(dim=dim, strips=strips).to(DEVICE)
+        gait, appearance = (torch.randn(batch, sum(strips), dim, device=DEVICE, requires_grad=True) for _ in range(2))
+
+        def run():
+            gait.grad = None
+            sum(x.square().sum() for x in form(module, gait, appearance)).backward()
+            return gait.grad
+        return run, module, (gait, appearance)
+    ours, module, inputs = step(PBMGE.__call__, D, B)
+
+    def literal():
+        inputs[0].grad = None
+        sum(x.square().sum() for x in literal_pbmge(module, *inputs)).backward()
+        return inputs[0].grad
+    compare("PBMGE", f"forward + backward, batch {B}, {D} channels, {sum(strips)} parts", ours, literal, lambda a, b: torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3))
+    grown = [median(step(PBMGE.__call__, D * k, B)[0]) for k in (1, 2, 4)]
+    print(f"{'':12}channels doubled twice: {grown[1] / grown[0]:.2f} and {grown[2] / grown[1]:.2f} times the time")
+
+
+def usual_metrics(distance, query_pid, gallery_pid, query_camera, gallery_camera):
+    """As it is usually written: one argsort and a loop over the queries."""
+    order = np.argsort(distance, axis=1)
+    ranks, aps, inps = [], [], []
+    for q in range(len(distance)):
+        kept = order[q][(gallery_pid[order[q]] != query_pid[q]) | (gallery_camera[order[q]] != query_camera[q])]
+        match = gallery_pid[kept] == query_pid[q]
+        if match.any():
+            hits = np.where(match)[0] + 1
+            ranks.append(hits[0])
+            aps.append((np.arange(1, len(hits) + 1) / hits).mean())
+            inps.append(len(hits) / hits[-1])
+    return {"rank-1": np.mean(np.array(ranks) == 1), "mAP": np.mean(aps), "mINP": np.mean(inps)}
+
+
+def scoring(Q, G, identities):
+    rng = np.random.default_rng(0)
+    arguments = [rng.integers(identities, size=Q), rng.integers(identities, size=G), rng.integers(12, size=Q), rng.integers(12, size=G)]
+    distance = torch.from_numpy(rng.random((Q, G), dtype=np.float32))
+    on_device = distance.to(DEVICE)
+
+    def same(ours, usual):
+        assert all(abs(ours[name] - value) < 1e-5 for name, value in usual.items()), (ours, usual)
+    compare("metrics", f"{Q:,} x {G:,} distances, {identities} identities", lambda: metrics(on_device, *arguments), lambda: usual_metrics(distance.numpy(), *arguments), same)
+
+
+def usual_distances(query, gallery):
+    total = torch.zeros(len(query), len(gallery), device=query.device)
+    for p in range(query.shape[1]):
+        q, g = query[:, p], gallery[:, p]
+        squares = (q ** 2).sum(1)[:, None] + (g ** 2).sum(1) - 2 * q @ g.t()
+        total = total + squares.clamp(min=1e-12).sqrt()
+    return total / query.shape[1]
+
+
+def distance_matrix(Q, G, P=70, D=256):
+    query, gallery = (torch.randn(n, P, D, generator=torch.Generator().manual_seed(n)).to(DEVICE) for n in (Q, G))
+    before = peak()
+    distances(query, gallery)
+    extra = peak() - before - Q * G * 4 / 2 ** 20
+    compare("distances", f"{Q:,} x {G:,}, {P} parts x {D}; beside the result {max(extra, 0):.0f} MB", lambda: distances(query, gallery),
+            lambda: usual_distances(query, gallery), lambda a, b: torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3), runs=1)
 
 
 def search(G, P, D, name):
@@ -96,16 +175,12 @@ def reranking(Q, G, reference=True):
     people = torch.randn((Q + G) // 12 + 1, 2, 64, generator=generator)    # about twelve tracklets of each, as in HITSZ-VCM
     parts = people[torch.randint(len(people), (Q + G,), generator=generator)] + 0.7 * torch.randn(Q + G, 2, 64, generator=generator)
     distance, before = distances(parts, parts).to(DEVICE), peak()
-    ours = median(lambda: rerank(distance, Q))
-    memory = peak() - before
-    words = "", ""
+    ours, usual = lambda: rerank(distance, Q), lambda: torch.from_numpy(usual_rerank(distance.cpu().numpy(), Q)).to(DEVICE)
     if reference:
-        start = time.perf_counter()
-        expected = usual_rerank(distance.cpu().numpy(), Q)
-        usual = time.perf_counter() - start
-        assert np.allclose(expected, rerank(distance, Q).cpu().numpy(), atol=1e-4), "re-ranking differs from the usual code"
-        words = f"usual code {usual:.1f} s", f"{usual / ours:.0f} x"
-    print_row("re-ranking", f"{Q:,} x {G:,}, memory +{memory:.0f} MB over the distances' {distance.numel() * 4 / 2 ** 20:.0f} MB", f"{ours:.2f} s", *words)
+        compare("re-ranking", f"{Q:,} x {G:,}", ours, usual, lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=1e-4))
+    else:
+        print_row("re-ranking", f"{Q:,} x {G:,}", f"{median(ours):.2f} s")
+        print(f"{'':12}memory +{peak() - before:.0f} MB over the distances' {distance.numel() * 4 / 2 ** 20:.0f} MB")
 
 
 if __name__ == "__main__":
@@ -115,6 +190,9 @@ if __name__ == "__main__":
     sys.stderr = open(os.devnull, "w", encoding="utf-8")    # progress bars
     print(f"torch {torch.__version__}, {DEVICE if DEVICE.type == 'cpu' else torch.cuda.get_device_name()}, {torch.get_num_threads()} threads")
     print_row("part", "work", "time", "reference", "ratio")
+    distance_matrix(5159 // small, 5643 // small)
+    fusion(32)
+    scoring(5159 // small, 5643 // small, 427)
     search(100_000 // small, 1, 1280, "LSMRL")
     search(100_000 // small, 70, 256, "DinoGRL")
     reranking(2000 // small, 2000 // small)

@@ -65,7 +65,7 @@ def test_killed_ten_times_it_ends_as_the_run_that_was_left_alone(whole, walkers,
     command = ["--data", walkers, "--run", folder, *LONGER]
     for kill in range(10):
         process = start(*command)
-        began, patience = time.time(), rng.uniform(1.3, 2.3)
+        began, patience = time.time(), 10 if kill % 2 else rng.uniform(1.3, 2.6)
         while time.time() - began < patience and process.poll() is None:
             if kill % 2 and folder.exists() and any(name.endswith(".tmp") for name in os.listdir(folder)):
                 while_writing += 1
