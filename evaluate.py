@@ -34,7 +34,7 @@ import model as dinogrl
 from data import (INFRARED, VISIBLE, Dataset, Frames, Tracklet, UserError, cli, frame_indices, ignore_interrupts, load_dataset, normalise, processes)
 from footage import read_footage
 from pictures import draw_ranking, draw_silhouettes, evenly, samples, silhouette_iou
-from ranking import Stored, codes, distances, fingerprint, nearest, rerank, score, write_embeddings
+from ranking import Stored, codes, distances, fingerprint, matches, nearest, rerank, score, write_embeddings
 from sasgl import fill, read_tensors
 
 # method: (build(config, classes, pretrained) -> model, its options)
@@ -68,7 +68,7 @@ def embed_tracklets(model, tracklets, config, device, rule="chunks", all_frames=
             waiting += model.embed(normalise(frames.to(device, non_blocking=True)), modality.to(device)).cpu()
             while done < len(tracklets) and len(waiting) >= len(parts_of[done]):
                 n = len(parts_of[done])
-                yield waiting[0] if n == 1 else torch.stack(waiting[:n]).mean(0)
+                yield torch.stack(waiting[:n]).mean(0)
                 del waiting[:n]
                 done += 1
                 bar.update()
@@ -104,7 +104,7 @@ def evaluate(model, dataset, config, device, *, reranked=False, all_frames=False
     if embeddings is None:
         return None, None, None
     pid, camera = codes([t.pid for t in dataset.test])[0], codes([t.camera for t in dataset.test])[0]
-    results, lists = {}, []
+    results, lists, words = {}, [], label({"rerank": reranked, "all_frames": all_frames})
     for direction, (query, gallery) in dataset.directions.items():
         query, gallery = torch.tensor(query), torch.tensor(gallery)
         gallery_parts = embeddings[gallery].to(device)
@@ -113,15 +113,13 @@ def evaluate(model, dataset, config, device, *, reranked=False, all_frames=False
             distance = rerank(distances(everyone, everyone), len(query))
             del everyone
         distance_of = lambda rows: distance[rows.to(device)] if reranked else distances(embeddings[query[rows]].to(device), gallery_parts)
-        cameras = (camera[query], camera[gallery]) if dataset.ignore_same_camera else (None, None)
-        results[direction] = score(distance_of, (pid[query], cameras[0]), (pid[gallery], cameras[1]))
+        sides = [(pid[side], camera[side] if dataset.ignore_same_camera else None) for side in (query, gallery)]
+        results[direction] = score(distance_of, *sides)
         for row in evenly(range(len(query)), 4) if top else []:
-            q, found = dataset.test[query[row]], distance_of(torch.tensor([row]))[0].cpu()
-            if dataset.ignore_same_camera:
-                found[(pid[gallery] == pid[query[row]]) & (camera[gallery] == camera[query[row]])] = torch.inf
+            rows = torch.tensor([row])
+            q, found = dataset.test[query[row]], distance_of(rows)[0].cpu().masked_fill(~matches(*sides, rows)[1][0], torch.inf)
             ranked = [(f"{t.camera}, person {t.pid}", t.frames, d, t.pid == q.pid)
                       for d, t in ((found[g].item(), dataset.test[gallery[g]]) for g in found.argsort(stable=True)[:min(top, LONGEST)]) if d < math.inf]
-            words = label({"rerank": reranked, "all_frames": all_frames})
             lists.append((f"{direction}{f', {words}' * bool(words)}: {q.camera}, person {q.pid}", q.frames, ranked))
     return {"directions": results, "silhouette_iou": silhouette_iou(model, dataset, config, device)}, embeddings, lists
 
@@ -139,7 +137,8 @@ def label(options):
 def table(results):
     """Results -> the table as text, in per cent."""
     figures = "rank-1", "rank-5", "rank-10", "rank-20", "mAP", "mINP"
-    lines = [f"{label(results)}:"] * bool(label(results)) + [f"{'':20}" + "".join(f"{k:>9}" for k in (*figures, "queries", "gallery"))]
+    special = label(results)
+    lines = [f"{special}:"] * bool(special) + [f"{'':20}" + "".join(f"{k:>9}" for k in (*figures, "queries", "gallery"))]
     for direction, r in results["directions"].items():
         lines.append(f"{direction:20}" + "".join(f"{100 * r[k]:9.2f}" for k in figures) + f"{r['queries']:9,}{r['gallery']:9,}")
     if results.get("silhouette_iou") is not None:

@@ -32,19 +32,24 @@ def read_footage(path, modality):
     path = os.path.normpath(path)
     readable = {extension for extension, name in Image.registered_extensions().items() if name in Image.OPEN and name != "MPEG"}    # which pillow only recognises
     found, ignored = {}, set()    # found: path of folder or animated file -> its frames
-    above = {path: {os.path.join(os.path.realpath(path), "")}}    # folder -> where it and those above it really are: links may lead in circles
+    is_folder = os.path.isdir(path)
 
     def unreadable(error):    # os.walk would leave the folder out in silence
         raise error
 
-    whole = os.walk(path, onerror=unreadable, followlinks=True) if os.path.isdir(path) else [(os.path.dirname(path), [], [os.path.basename(path)])]
+    def leads_back(link, folder):
+        """Does a link in this folder lead to it, or to what is above it on the way here?"""
+        target = os.path.join(os.path.realpath(link), "")
+        while not os.path.join(os.path.realpath(folder), "").startswith(target):
+            if folder == path:
+                return False
+            folder = os.path.dirname(folder)
+        return True
+
+    whole = os.walk(path, onerror=unreadable, followlinks=True) if is_folder else [(os.path.dirname(path), [], [os.path.basename(path)])]
     for folder, folders, files in whole:
-        for name in list(folders):
-            inner = os.path.join(folder, name)
-            real = os.path.join(os.path.realpath(inner), "")
-            above[inner] = above[folder] | {real}
-            if name.startswith(".") or any(place.startswith(real) for place in above[folder]):
-                folders.remove(name)
+        inner = {name: os.path.join(folder, name) for name in folders if not name.startswith(".")}
+        folders[:] = [name for name, place in inner.items() if not (os.path.islink(place) and leads_back(place, folder))]
         for name in sorted(files, key=natural):
             file, extension = os.path.join(folder, name), os.path.splitext(name)[1].lower()
             if name.startswith(".") or extension not in readable:
@@ -60,7 +65,7 @@ def read_footage(path, modality):
             if pictures > 1:
                 found[file] = [f"{file}#{n}" for n in range(pictures)]
             else:
-                found.setdefault(folder if os.path.isdir(path) else file, []).append(file)
+                found.setdefault(folder if is_folder else file, []).append(file)
     for frames in found.values():
         folder = os.path.dirname(frames[0])
         while len(folder) > len(path):

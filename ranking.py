@@ -62,29 +62,34 @@ def rank(distance, match, valid):
     return position[:, 0] + none, ap + none, K / last + none
 
 
-def score(distance_of, query, gallery, block=1024):
-    """The results of one direction, a block of queries at a time. distance_of(rows) -> (len(rows), G); query and gallery:
-    (pid, camera or None) as integer tensors. Raises UserError if nothing can be ranked."""
+def matches(query, gallery, rows):
+    """query, gallery: (pid, camera or None) as integer tensors; rows: indices of queries -> match, valid (len(rows), G) bool, see rank."""
     (query_pid, query_camera), (gallery_pid, gallery_camera) = query, gallery
-    parts = []
-    for rows in torch.arange(len(query_pid)).split(block):
+    match = query_pid[rows][:, None] == gallery_pid
+    if query_camera is None:
+        return match, torch.ones_like(match)
+    return match, ~(match & (query_camera[rows][:, None] == gallery_camera))    # same person before the same camera: too easy, ignored
+
+
+def score(distance_of, query, gallery, block=1024):
+    """The results of one direction, a block of queries at a time. distance_of(rows) -> (len(rows), G); query and gallery: see matches.
+    Raises UserError if nothing can be ranked."""
+    Q, G, parts = len(query[0]), len(gallery[0]), []
+    for rows in torch.arange(Q).split(block):
         distance = distance_of(rows)
         if not distance.isfinite().all():
             raise UserError("the distances are not finite; the model's embeddings hold NaN or infinity: train with a "
                             "lower --lr or with --precision float32")
-        match = (query_pid[rows][:, None] == gallery_pid).to(distance.device)
-        valid = torch.ones_like(match)
-        if query_camera is not None:    # same person before the same camera: too easy, ignored
-            valid = ~(match & (query_camera[rows][:, None] == gallery_camera).to(match.device))
+        match, valid = (x.to(distance.device) for x in matches(query, gallery, rows))
         parts.append(torch.stack(rank(distance, match, valid)).cpu())
     first, ap, inp = torch.cat(parts, dim=1).double()
     kept = ~first.isnan()
     if not kept.any():
-        raise UserError(f"none of {len(first)} queries has its person in the gallery of {len(gallery_pid)}; nothing to rank: "
+        raise UserError(f"none of {Q} queries has its person in the gallery of {G}; nothing to rank: "
                         "check the dataset with python data.py")
     results = {f"rank-{r}": (first[kept] <= r).double().mean().item() for r in (1, 5, 10, 20)}
     return {**results, "mAP": ap[kept].mean().item(), "mINP": inp[kept].mean().item(),
-            "queries": int(kept.sum()), "gallery": len(gallery_pid)}
+            "queries": int(kept.sum()), "gallery": G}
 
 
 def codes(*sequences):

@@ -457,16 +457,16 @@ def report(model, dataset, config, device, run, log, epoch, start):
         return
     results = {"method": config.method, "dataset": dataset.name, **results, "seconds": round(time.time() - start, 1)}
     write_json(os.path.join(run, "results.json"), results)
-    written = []
+    drawn = []
     if getattr(model, "sasgl", None) is not None:
-        written.append(f"silhouettes-{epoch}.png shows what the model sees")
+        drawn.append(f"silhouettes-{epoch}.png shows what the model sees")
         write_picture(os.path.join(run, f"silhouettes-{epoch}.png"), draw_silhouettes(model, dataset, samples(dataset.test), config, device))
     if log:
         log[-1].update({key: {d: r[key] for d, r in results["directions"].items()} for key in ("rank-1", "mAP")})
         write_log(run, log)
-        written.append("curves.png how it learned")
+        drawn.append("curves.png how it learned")
         write_picture(os.path.join(run, "curves.png"), draw_curves(log, f"{config.method} on {dataset.name}"))
-    print(f"\n{table(results)}\nEverything is in {run}{os.sep}" + "; ".join(["", *written]))
+    print(f"\n{table(results)}\nEverything is in {run}{os.sep}" + "; ".join(["", *drawn]))
 
 
 if __name__ == "__main__":

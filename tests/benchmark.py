@@ -53,30 +53,26 @@ def compare(part, work, ours, usual, same, runs=3):
     same(ours(), usual())
     fast, slow = median(ours, runs), median(usual, runs)
     print_row(part, work, f"{fast:.3g} s", f"usual code {slow:.3g} s", f"{slow / fast:.1f} x")
-    return fast
 
 
 def fusion(B, D=256, strips=(1, 2, 4, 8, 16)):
     """PBMGE forward and backward against the paper's formulas; then how its cost grows with the channels."""
     torch.manual_seed(0)
 
-    def step(form, dim, batch):
-        module = PBMGE(dim=dim, strips=strips).to(DEVICE)
-        gait, appearance = (torch.randn(batch, sum(strips), dim, device=DEVICE, requires_grad=True) for _ in range(2))
+    def make(dim):
+        return PBMGE(dim=dim, strips=strips).to(DEVICE), *(torch.randn(B, sum(strips), dim, device=DEVICE, requires_grad=True) for _ in range(2))
 
-        def run():
-            gait.grad = None
-            sum(x.square().sum() for x in form(module, gait, appearance)).backward()
-            return gait.grad
-        return run, module, (gait, appearance)
-    ours, module, inputs = step(PBMGE.__call__, D, B)
-
-    def literal():
-        inputs[0].grad = None
-        sum(x.square().sum() for x in literal_pbmge(module, *inputs)).backward()
-        return inputs[0].grad
-    compare("PBMGE", f"forward + backward, batch {B}, {D} channels, {sum(strips)} parts", ours, literal, lambda a, b: torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3))
-    grown = [median(step(PBMGE.__call__, D * k, B)[0]) for k in (1, 2, 4)]
+    def step(form, module, gait, appearance):
+        gait.grad = None
+        sum(x.square().sum() for x in form(module, gait, appearance)).backward()
+        return gait.grad
+    made = make(D)
+    compare("PBMGE", f"forward + backward, batch {B}, {D} channels, {sum(strips)} parts", lambda: step(PBMGE.__call__, *made), lambda: step(literal_pbmge, *made),
+            lambda a, b: torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3))
+    grown = []
+    for k in 1, 2, 4:
+        made = make(D * k)
+        grown.append(median(lambda: step(PBMGE.__call__, *made)))
     print(f"{'':12}channels doubled twice: {grown[1] / grown[0]:.2f} and {grown[2] / grown[1]:.2f} times the time")
 
 

@@ -47,8 +47,8 @@ torch.save(results, f"{sys.argv[1]}-{world}-{rank}.pt")
 """
 
 
-def torchrun(*command, n=2):
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", "--", *map(str, command)], cwd=ROOT, capture_output=True,
+def torchrun(*command):
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--", *map(str, command)], cwd=ROOT, capture_output=True,
                           text=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, stdin=subprocess.DEVNULL)
 
 
