@@ -12,10 +12,11 @@ a walking person would jump and turn about six times a second, and gait is what 
 
 Ours, not the paper's: one draw of the augmentation per tracklet; the pad of the random crop scales with the image (10
 pixels at height 256); an order of identities, tracklets and frames that depends on seed and epoch alone; the checks;
-several processes (torchrun); frames that thermal cameras and animated files hold.
+several processes (torchrun); frames that thermal cameras and animated files hold; --cache.
 """
 import argparse
 import functools
+import hashlib
 import json
 import math
 import multiprocessing
@@ -101,12 +102,55 @@ class Gathered(torch.autograd.Function):
         return world * gradient.chunk(world)[rank]
 
 
+class Chunks:
+    """A step that --accumulate cuts into chunks (train.forward_backward). Each chunk goes through the network twice: first without
+    gradient, to record what it hands to `gathered`, then with it, when `gathered` sets the others' records beside it."""
+    step = None    # the Chunks of the step under way
+
+    def __init__(self, number):
+        self.records = [[] for _ in range(number)]
+
+    def begin(self, chunk, recording):
+        self.chunk, self.recording, self.calls = chunk, recording, 0
+
+    def join(self, x):
+        """x (B, ...) of the chunk under way -> (number * B, ...)."""
+        if self.recording:
+            self.records[self.chunk].append(x.detach())
+            return torch.cat([x.detach()] * len(self.records))    # of the right shape; what comes of it is thrown away
+        parts = [record[self.calls] for record in self.records]
+        parts[self.chunk] = x.view_as(x)
+        if x.requires_grad:    # the chunks' losses are averaged as the processes' are
+            parts[self.chunk].register_hook(lambda gradient: gradient * len(self.records))
+        self.calls += 1
+        return torch.cat(parts)
+
+
 def gathered(x):
-    """x (B, ...) of this process -> (world * B, ...) of all of them, in order of rank; x itself where there is one.
+    """x (B, ...) of this process -> (world * B, ...) of all of them, in order of rank; x itself where there is one. Of a step in chunks
+    likewise: x of all chunks.
 
     For losses that compare tracklets: every process computes the same loss of the whole batch, and each sends the gradient of its own
     part back. DistributedDataParallel then takes the mean over processes where a sum is due: hence `world *` above. [ours]"""
-    return x if processes()[1] == 1 else Gathered.apply(x)
+    x = Chunks.step.join(x) if Chunks.step else x
+    return x if processes()[1] == 1 or Chunks.step and Chunks.step.recording else Gathered.apply(x)
+
+
+def write_atomic(path, write):
+    """write(file) to a temporary name beside `path`, then os.replace: a reader sees the old file or the new, whole."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({' '.join(str(error).split())[:120]}); what stood there before is untouched: "
+                        "free some space or choose another folder") from None
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
 
 
 def option(default, help, least=None):
@@ -385,10 +429,11 @@ def read_frame(path, size):
 class Frames(torch.utils.data.Dataset):
     """tracklets[index] -> uint8 frames (T, 3, H, W), modality (0 visible, 1 infrared), index.
 
-    A key is an index (test), or (index, seed) where the seed alone decides which frames are drawn (training)."""
+    A key is an index (test), or (index, seed) where the seed alone decides which frames are drawn (training). cache: a Cache to
+    read them from."""
 
-    def __init__(self, tracklets, *, size, T, rule="chunks"):
-        self.tracklets, self.size, self.T, self.rule = tracklets, size, T, rule
+    def __init__(self, tracklets, *, size, T, rule="chunks", cache=None):
+        self.tracklets, self.size, self.T, self.rule, self.cache = tracklets, size, T, rule, cache
 
     def __len__(self):
         return len(self.tracklets)
@@ -401,8 +446,47 @@ class Frames(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         index, seed = key if isinstance(key, tuple) else (key, None)
-        frames = torch.stack([read_frame(path, self.size) for path in self.paths(index, seed)])
+        paths = self.paths(index, seed)
+        frames = self.cache.read(paths) if self.cache else torch.stack([read_frame(path, self.size) for path in paths])
         return frames, int(self.tracklets[index].modality == INFRARED), index
+
+
+class Cache:
+    """--cache: the frames of all tracklets, resized to size (H, W), in one file: 64 hex digits that name them (their paths below root,
+    their sizes in bytes, H and W), then uint8 (N, 3, H, W), mapped into memory. Made where there is none. Raises UserError for a file that is another's."""
+
+    def __init__(self, path, tracklets, *, size, root, workers=0):
+        frames = list(dict.fromkeys(f for t in tracklets for f in t.frames))
+        self.path, self.shape, self.row, self.array = path, (len(frames), 3, *size), {f: i for i, f in enumerate(frames)}, None
+
+        def named(frame):
+            animated = ANIMATED.fullmatch(frame)
+            return os.path.relpath(frame, root), os.path.getsize(animated[1] if animated else frame)
+        name = hashlib.sha256(json.dumps([list(size), *map(named, frames)]).encode()).hexdigest().encode()
+
+        def write(file):
+            file.write(name)
+            loader = torch.utils.data.DataLoader(Frames([Tracklet((f,), -1, "", VISIBLE) for f in frames], size=size, T=1), batch_size=64,
+                                                 num_workers=workers, worker_init_fn=ignore_interrupts, generator=torch.Generator())
+            with tqdm(total=len(frames), desc=f"cache {path}", unit="frame") as bar:
+                for batch, *_ in loader:
+                    file.write(batch.numpy().tobytes())    # not through the mapping: a full disk would be a bus error there
+                    bar.update(len(batch))
+        if not os.path.lexists(path):
+            write_atomic(path, write)
+        try:
+            with open(path, "rb") as file:
+                if file.read(64) != name or os.path.getsize(path) != 64 + math.prod(self.shape):
+                    raise UserError(f"--cache {path} holds other frames, or another --size, or is cut short; expected the {len(frames):,} training "
+                                    f"frames at {size[0]}x{size[1]} as they are now: name another file, or remove this one")
+        except OSError as error:
+            raise UserError(f"--cache {path} cannot be read ({error}); expected a file, or a name that is free") from None
+
+    def read(self, paths):
+        """T paths -> uint8 (T, 3, H, W)."""
+        if self.array is None:    # each loader process maps it itself
+            self.array = np.memmap(self.path, np.uint8, "r", offset=64, shape=self.shape)
+        return torch.from_numpy(self.array[[self.row[path] for path in paths]])
 
 
 def ignore_interrupts(worker):
@@ -450,11 +534,16 @@ class IdentitySampler:
 
 # ----------------------------------------------------------- augmentation ----
 
+@functools.lru_cache
+def per_channel(values, device):
+    """Numbers of the three channels as a tensor (3, 1, 1), made once: making one on a GPU waits for the GPU."""
+    return torch.tensor(values, device=device)[:, None, None]
+
+
 def normalise(frames):
     """uint8 (..., 3, H, W) -> float32, ImageNet mean 0 and deviation 1."""
-    mean = torch.tensor((0.485, 0.456, 0.406), device=frames.device)[:, None, None]
-    std = torch.tensor((0.229, 0.224, 0.225), device=frames.device)[:, None, None]
-    return (frames.float() / 255 - mean) / std
+    mean, std = per_channel((0.485, 0.456, 0.406), frames.device), per_channel((0.229, 0.224, 0.225), frames.device)
+    return frames.float().div_(255).sub_(mean).div_(std)
 
 
 def augment(frames, modality, rng, erase=0.5):
@@ -465,16 +554,13 @@ def augment(frames, modality, rng, erase=0.5):
     B, T, C, H, W = frames.shape
     pad = round(10 * H / 256)
     padded = F.pad(frames, (pad,) * 4)    # black, before normalisation
-    crops = []
-    for b in range(B):
-        y, x = rng.integers(2 * pad + 1, size=2)
-        crop = padded[b, :, :, y:y + H, x:x + W]
-        crops.append(crop.flip(-1) if rng.random() < 0.5 else crop)
-    out = normalise(torch.stack(crops))
+    crops = [(*rng.integers(2 * pad + 1, size=2), rng.random() < 0.5) for _ in range(B)]
+    out = torch.empty(frames.shape, device=frames.device)
     # The release fills with these numbers after normalisation: slightly bright, not the mean. Kept.
-    fill = torch.tensor((0.4914, 0.4822, 0.4465), device=frames.device)[:, None, None]
-    gray = torch.tensor((0.2989, 0.5870, 0.1140), device=frames.device)[:, None, None]
-    for b, infrared in enumerate(modality.tolist()):
+    fill, gray = per_channel((0.4914, 0.4822, 0.4465), frames.device), per_channel((0.2989, 0.5870, 0.1140), frames.device)
+    for b, (infrared, (y, x, flipped)) in enumerate(zip(modality.tolist(), crops)):    # one tracklet after the other stays in a CPU's cache
+        crop = padded[b, :, :, y:y + H, x:x + W]
+        out[b] = normalise(crop.flip(-1) if flipped else crop)
         box = erased_box(H, W, rng) if rng.random() < erase else None
         if box:
             y, x, h, w = box

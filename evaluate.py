@@ -31,7 +31,8 @@ from tqdm import tqdm
 
 import lsmrl
 import model as dinogrl
-from data import (INFRARED, VISIBLE, Dataset, Frames, Tracklet, UserError, cli, frame_indices, ignore_interrupts, load_dataset, normalise, processes)
+from data import (INFRARED, VISIBLE, Dataset, Frames, Tracklet, UserError, cli, frame_indices, ignore_interrupts, load_dataset, normalise, processes,
+                  write_atomic)
 from footage import read_footage
 from pictures import draw_ranking, draw_silhouettes, evenly, samples, silhouette_iou
 from ranking import Stored, codes, distances, fingerprint, matches, nearest, rerank, score, write_embeddings
@@ -65,7 +66,7 @@ def embed_tracklets(model, tracklets, config, device, rule="chunks", all_frames=
     with tqdm(total=len(tracklets), desc="embedding", unit="tracklet", leave=False, disable=processes()[0] > 0) as bar:
         waiting, done = [], 0
         for frames, modality, _ in loader:
-            waiting += model.embed(normalise(frames.to(device, non_blocking=True)), modality.to(device)).cpu()
+            waiting += model.embed(normalise(frames.to(device, non_blocking=True)), modality).cpu()
             while done < len(tracklets) and len(waiting) >= len(parts_of[done]):
                 n = len(parts_of[done])
                 yield torch.stack(waiting[:n]).mean(0)
@@ -191,23 +192,6 @@ def search(args, model, config, device):
 
 
 # ------------------------------------------------------------------------ files ----
-
-def write_atomic(path, write):
-    """write(file) to a temporary name beside `path`, then os.replace: a reader sees the old file or the new, whole."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({' '.join(str(error).split())[:120]}); what stood there before is untouched: "
-                        "free some space or choose another folder") from None
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
 
 def write_json(path, value):
     write_atomic(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))

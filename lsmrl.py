@@ -57,6 +57,7 @@ CLIP_URL = f"https://openaipublic.azureedge.net/clip/models/{CLIP_SHA256}/ViT-B-
 
 class Attention(nn.Module):
     """Multi-head attention with CLIP's tensor names. x (N, L, D), context (N, M, D), x itself by default -> (N, L, D)."""
+    recomputable = compilable = True    # train.recompute, train.py --compile
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -77,6 +78,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+    recomputable = compilable = True    # train.recompute, train.py --compile
+
     def __init__(self, dim):
         super().__init__()
         self.c_fc, self.c_proj = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
@@ -392,7 +395,7 @@ class LSMRL(nn.Module):
 
     def forward(self, frames, modality, label):
         """Training step: -> named losses (weighted: the total is their sum), and what the progress bar shows."""
-        t = None
+        t, modality = None, modality.to(label.device)
         if self.sd is not None or self.weights["text"]:
             t = self.text_features().float()
             self.bank.copy_(t.detach())

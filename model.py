@@ -29,7 +29,7 @@ from torch import nn
 
 from data import UserError, gathered, option
 from pbmge import PBMGE
-from sasgl import SASGL, fill, load_dinov2, misfits, read_tensors, state_dict
+from sasgl import SASGL, conv_norm, fill, load_dinov2, misfits, read_tensors, state_dict
 
 RESNET50_URL = "https://download.pytorch.org/models/resnet50-0676ba61.pth"    # ImageNet V1, as in the release
 
@@ -37,6 +37,8 @@ RESNET50_URL = "https://download.pytorch.org/models/resnet50-0676ba61.pth"    # 
 # ------------------------------------------------------------- ResNet-50 ----
 
 class Bottleneck(nn.Module):
+    recomputable = True    # train.recompute
+
     def __init__(self, in_channels, width, stride):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(in_channels, width, 1, bias=False), nn.BatchNorm2d(width)
@@ -48,9 +50,9 @@ class Bottleneck(nn.Module):
                                             nn.BatchNorm2d(4 * width))
 
     def forward(self, x):
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = F.relu(self.bn2(self.conv2(y)))
-        return F.relu(self.bn3(self.conv3(y)) + (x if self.downsample is None else self.downsample(x)))
+        y = F.relu(conv_norm(x, self.conv1, self.bn1), inplace=True)
+        y = F.relu(conv_norm(y, self.conv2, self.bn2), inplace=True)
+        return F.relu(conv_norm(y, self.conv3, self.bn3) + (x if self.downsample is None else conv_norm(x, *self.downsample)), inplace=True)
 
 
 class Stem(nn.Module):
@@ -61,11 +63,12 @@ class Stem(nn.Module):
         self.conv1, self.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width)
 
     def forward(self, x):
-        return F.max_pool2d(self.bn1(self.conv1(x)), 3, 2, 1)
+        return F.max_pool2d(conv_norm(x, self.conv1, self.bn1), 3, 2, 1)
 
 
 class Stages(nn.Module):
     """layer1..layer4 of a ResNet with torchvision's tensor names: (N, width, H, W) -> (N, 32 * width, h, w)."""
+    compilable = True    # train.py --compile
 
     def __init__(self, *, width, blocks, strides):
         super().__init__()
@@ -167,14 +170,13 @@ class DinoGRL(nn.Module):
                 self.pbmge = PBMGE(dim=dim, strips=strips)
 
     def streams(self, frames, modality):
-        """frames (B, T, 3, H, W) normalised, modality (B,) 0 visible, 1 infrared -> {stream: parts (B, P, D)}, View."""
+        """frames (B, T, 3, H, W) normalised, modality (B,) 0 visible, 1 infrared, best on the CPU -> {stream: parts (B, P, D)}, View."""
         B, T = frames.shape[:2]
         order = modality.argsort(stable=True)    # visible tracklets first, each through its own stem
-        visible, infrared = frames[order].flatten(0, 1).split([T * n for n in ((modality == 0).sum().item(),
-                                                                               (modality != 0).sum().item())])
-        maps = torch.cat([self.visible_stem(visible), self.infrared_stem(infrared)])
-        maps = self.backbone(maps).unflatten(0, (B, T))[order.argsort()]
-        appearance = self.appearance_parts(maps)
+        visible = T * (modality == 0).sum().item()    # a GPU need not be waited for where modality lies on the CPU
+        sorted_frames = frames[order.to(frames.device)].flatten(0, 1).contiguous(memory_format=torch.channels_last)    # convolutions like it
+        maps = torch.cat([self.visible_stem(sorted_frames[:visible]), self.infrared_stem(sorted_frames[visible:])])
+        appearance = self.appearance_parts(self.backbone(maps).unflatten(0, (B, T)))[order.argsort().to(frames.device)]
         if self.sasgl is None:
             return {"appearance": appearance}, None
         gait_maps, view = self.sasgl(frames)

@@ -43,19 +43,19 @@ def distances(query, gallery, rows=256):
 def rank(distance, match, valid):
     """distance (Q, G), match and valid (Q, G) bool -> rank of the first hit, AP, INP, each (Q,); NaN without a match.
 
-    match: the gallery tracklet is the query's person. valid: it counts at all. No row is sorted: for each hit it is
-    enough to count the wrong ones that are as near or nearer."""
-    match, wrong = match & valid, ~match & valid
-    K = match.sum(1)    # hits of each query
-    hits = distance.masked_fill(~match, torch.inf).topk(max(1, int(K.max())), largest=False).values    # (Q, K) ascending
-    # A wrong tracklet at distance d comes before every hit at d or farther (ties count against the query), so it is
-    # enough to know how many hits are strictly nearer than d, and to sum up from the left.
-    nearer_hits = torch.searchsorted(hits, distance.contiguous())    # (Q, G) in 0..K
-    wrong_before = torch.zeros(len(distance), hits.shape[1] + 1, device=distance.device)
-    wrong_before = wrong_before.scatter_add_(1, nearer_hits, wrong.float()).cumsum(1)[:, :-1]    # (Q, K)
-    order = torch.arange(1, hits.shape[1] + 1, device=distance.device)
+    match: the gallery tracklet is the query's person. valid: it counts at all; only one of the query's person may not."""
+    # A tie counts against the query: before a hit come all that are as near or nearer, less the person's own, plus the hits before it.
+    # So only the values are sorted, no indices: on the CPU numpy does that ten times as fast as torch.
+    distance = distance.contiguous()
+    everyone = torch.from_numpy(np.sort(distance.numpy(), axis=1)) if distance.is_cpu else distance.sort(1).values
+    M = max(1, int(match.sum(1).max()))
+    own, column = torch.where(match, distance, torch.inf).topk(M, largest=False)    # (Q, M) ascending, then infinity, which is no hit
+    hits = own.masked_fill(~valid.gather(1, column), torch.inf).sort(1).values    # (Q, M) likewise, without the ignored
+    wrong_before = torch.searchsorted(everyone, hits, right=True) - torch.searchsorted(own, hits, right=True)
+    order = torch.arange(1, M + 1, device=distance.device)
     position = wrong_before + order    # rank of the k-th hit
-    real = order <= K[:, None]
+    real = hits.isfinite()
+    K = real.sum(1)    # hits of each query
     ap = (order / position * real).sum(1) / K
     last = position.gather(1, (K - 1).clamp(min=0)[:, None])[:, 0]
     none = torch.where(K > 0, 0.0, torch.nan)
@@ -71,13 +71,13 @@ def matches(query, gallery, rows):
     return match, ~(match & (query_camera[rows][:, None] == gallery_camera))    # same person before the same camera: too easy, ignored
 
 
-def score(distance_of, query, gallery, block=1024):
+def score(distance_of, query, gallery, block=512):
     """The results of one direction, a block of queries at a time. distance_of(rows) -> (len(rows), G); query and gallery: see matches.
     Raises UserError if nothing can be ranked."""
     Q, G, parts = len(query[0]), len(gallery[0]), []
     for rows in torch.arange(Q).split(block):
         distance = distance_of(rows)
-        if not distance.isfinite().all():
+        if not torch.stack(distance.aminmax()).isfinite().all():    # NaN spreads: neither is finite then
             raise UserError("the distances are not finite; the model's embeddings hold NaN or infinity: train with a "
                             "lower --lr or with --precision float32")
         match, valid = (x.to(distance.device) for x in matches(query, gallery, rows))
@@ -114,8 +114,7 @@ def rerank(distance, Q, k1=20, k2=6, weight=0.3):
     Who is near to whom, seen from both sides: a tracklet is described by its k-reciprocal neighbours (a softmax of their distances),
     and two are compared by how far these descriptions overlap (Jaccard). Beside the distances only neighbours are kept."""
     N, device = len(distance), distance.device
-    distance = distance.square()
-    distance /= distance.amax(1, keepdim=True).clamp(min=1e-12)
+    farthest = distance.amax(1).clamp(min=1e-6)    # every row in units of its own; the squares of that are what is weighed
     near = distance.topk(min(max(k1 + 1, k2), N), largest=False).indices    # (N, K) ascending
     me = torch.arange(N, device=device)
 
@@ -125,19 +124,19 @@ def rerank(distance, Q, k1=20, k2=6, weight=0.3):
 
     k, half = min(k1 + 1, N), min(round(k1 / 2) + 1, N)
     mutual, mutual_half = reciprocal(k), reciprocal(half)
-    entries = []    # of the descriptions V (N, N): (row, column, value), sparse
+    entries = []    # of the descriptions V (N, N): (row, column), sparse
     for rows in me.split(256):
         a = near[rows, :k]    # (b, k)
-        theirs, valid = near[a, :half], mutual_half[a]    # (b, k, half): the neighbours of a neighbour
-        mine = a.masked_fill(~mutual[rows], -1)
-        common = ((theirs[..., None] == mine[:, None, None, :]).any(3) & valid).sum(2)
-        joined = (mutual[rows] & (common > 2 / 3 * valid.sum(2)))[:, :, None] & valid    # more than two thirds overlap: they join
         member = torch.zeros(len(rows), N, dtype=torch.bool, device=device).scatter_(1, a, mutual[rows])
+        theirs, valid = near[a, :half], mutual_half[a]    # (b, k, half): the neighbours of a neighbour
+        common = (member.gather(1, theirs.flatten(1)).view_as(theirs) & valid).sum(2)
+        joined = (mutual[rows] & (common > 2 / 3 * valid.sum(2)))[:, :, None] & valid    # more than two thirds overlap: they join
         member[joined.nonzero()[:, 0], theirs[joined]] = True
-        value = torch.exp(-distance[rows]) * member
         row, column = member.nonzero(as_tuple=True)
-        entries.append((rows[row], column, (value / value.sum(1, keepdim=True))[row, column]))
-    row, column, value = map(torch.cat, zip(*entries))
+        entries.append((rows[row], column))
+    row, column = map(torch.cat, zip(*entries))
+    value = torch.exp(-(distance[row, column] / farthest[row]).square())
+    value /= torch.zeros(N, device=device).index_add_(0, row, value)[row]
     neighbours = near[:, :k2]    # query expansion: the mean description of the k2 nearest
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")    # torch calls its sparse tensors a beta version
@@ -146,16 +145,24 @@ def rerank(distance, Q, k1=20, k2=6, weight=0.3):
                                        torch.full((neighbours.numel(),), 1 / neighbours.shape[1], device=device), (N, N))
         V = torch.sparse.mm(mean, V).coalesce()
 
-    (row, column), value = V.indices(), V.values()
-    order = column.argsort(stable=True)    # column by column, the queries' rows first
-    row, value = row[order], value[order]
-    end = column.bincount(minlength=N).cumsum(0).tolist()
-    queries = column[V.indices()[0] < Q].bincount(minlength=N).tolist()
-    overlap = torch.zeros(Q, N - Q, device=device)    # sum of min(V[q], V[g])
-    for start, stop, n in zip([0, *end], end, queries):
-        q, g = slice(start, start + n), slice(start + n, stop)
-        overlap[row[q][:, None], row[g] - Q] += torch.minimum(value[q][:, None], value[g])
-    return (1 - weight) * (1 - overlap / (2 - overlap)) + weight * distance[:Q, Q:]
+    (row, column), value = V.indices(), V.values()    # row by row, the queries' first
+    order = column.argsort(stable=True)
+    order = order[row[order] >= Q]    # the gallery's entries, column by column
+    holder, held = row[order] - Q, value[order]
+    size = column[order].bincount(minlength=N)
+    start = size.cumsum(0) - size
+    result = torch.empty(Q, N - Q, device=device)
+    for first in range(0, Q, 32):    # few queries at a time: their pairs and rows stay in the cache
+        last = min(first + 32, Q)
+        mine = slice(*torch.searchsorted(row, torch.tensor([first, last], device=device)).tolist())    # their entries
+        times = size[column[mine]]
+        left = torch.repeat_interleave(times)    # (pairs,): each entry as often as the gallery has entries in its column, ...
+        right = torch.arange(len(left), device=device) - (times.cumsum(0) - times - start[column[mine]])[left]    # ... and these
+        overlap = torch.zeros(last - first, N - Q, device=device)    # sum of min(V[q], V[g])
+        overlap.view(-1).index_add_(0, ((row[mine] - first) * (N - Q))[left] + holder[right], torch.minimum(value[mine][left], held[right]))
+        jaccard = 1 - overlap / (2 - overlap)
+        result[first:last] = (1 - weight) * jaccard + weight * (distance[first:last, Q:] / farthest[first:last, None]).square()
+    return result
 
 
 def nearest(query, piece, G, top, rows=1024):

@@ -4,8 +4,8 @@ A walk is the same walk by day and by night; a coat's colour is not. So DinoGRL 
 frozen DINOv2 sees in either modality, without a single silhouette label:
 
     frames (N,3,256,128), N = B*T
-      -> resize (N,3,448,224) -> frozen DINOv2 -> grid 32x16 -> upsample 64x32 --+-- last (N,384,64,32)
-                                                                                 +-- mid4 (N,1536,64,32)
+      -> resize (N,3,448,224) -> frozen DINOv2 -> grid 32x16 --+-- last (N,384,32,16)
+                                                               +-- mid4 (N,1536,32,16), both upsampled to 64x32 where read
     last -> mask bottleneck 384 -> 2 -> 384 -> mask p -> body channel -> edge refinement -> silhouette (N,64,32)
     mid4, on the silhouette's pixels alone -+-- denoising code   (N,16,64,32)  softmax: which part of the body
                                             +-- appearance code  (N,16,64,32)  sigmoid: what it is like there
@@ -17,19 +17,22 @@ reconstructed, and for DINOv2 on a pedestrian crop that contrast is body against
 Quick question: why is the mask detached before the codes are cut out? (Else identity losses would grow or shrink the
 silhouette until it tells identities apart, by its errors.)
 
-Ours, not the paper's: our own DinoVisionTransformer (official tensors, no hub needed), `tiny`; the warm-up of the
+Ours, not the paper's: our own DinoVisionTransformer (for the official tensors), `tiny`; the warm-up of the
 mask bottleneck (mask_losses) where no trained one is given; the body test's 5 edge rows scale with the map's height;
-a batch without a foreground pixel, or with one, gives empty codes instead of an error.
+a batch without a foreground pixel gives empty codes instead of an error. And the order of the same arithmetic: nothing is cut
+out, so that no shape depends on the data and a GPU never waits for the CPU to learn it; the codes' first Linear runs on
+DINOv2's grid, a quarter of the pixels, as a Linear and bilinear upsampling (whose weights sum to 1) may change places.
 """
 import math
 import warnings
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from data import UserError
+from data import UserError, processes
 
 # --------------------------------------------------------------- weights ----
 
@@ -78,6 +81,18 @@ TINY_SEED = 1002
 DINOV2_HUB = "facebookresearch/dinov2:b8931f7bf91576930313be2c6d6af376033b35f0"    # pinned: the code that will run
 
 
+class Linear(nn.Linear):
+    """nn.Linear on tokens (N, L, D) or maps with channels last (N, h, w, D). On a CPU it is called as the 1x1 convolution that it is:
+    oneDNN's float32 convolutions use AVX-512 everywhere, MKL's products not on AMD's processors (2.2 times slower there)."""
+
+    def forward(self, x):
+        if x.is_cuda or x.ndim < 3:
+            return super().forward(x)
+        maps = x if x.ndim == 4 else x[:, :, None]
+        y = F.conv2d(maps.permute(0, 3, 1, 2), self.weight[:, :, None, None], self.bias).permute(0, 2, 3, 1)
+        return y if x.ndim == 4 else y.squeeze(2)
+
+
 class LayerScale(nn.Module):
     def __init__(self, dim):
         super().__init__()
@@ -91,8 +106,8 @@ class Attention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x):
         N, L, D = x.shape
@@ -103,14 +118,16 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     def __init__(self, dim):
         super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.fc2 = nn.Linear(4 * dim, dim)
+        self.fc1 = Linear(dim, 4 * dim)
+        self.fc2 = Linear(4 * dim, dim)
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Block(nn.Module):
+    compilable = True    # train.py --compile
+
     def __init__(self, dim, heads):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
@@ -178,31 +195,31 @@ class DinoVisionTransformer(nn.Module):
 def load_dinov2(name, weights=None, pretrained=True):
     """The frozen DINOv2 of that name, in eval mode.
 
-    By default torch.hub's, downloaded once and cached. weights: a local file of the official tensors, read into our
-    own DinoVisionTransformer. pretrained=False: ours with random tensors, to be filled by a checkpoint. `tiny` is
-    always random. Raises UserError where nothing can be had.
+    By default its tensors come from torch.hub, downloaded once and cached; weights: from a local file of the official tensors;
+    pretrained=False: random, to be filled by a checkpoint. `tiny` is always random. The network is our DinoVisionTransformer in each
+    case: the hub's, without xFormers, forms every attention matrix. Raises UserError where nothing can be had.
     """
     if name not in DINOV2:
         raise UserError(f"--dinov2 {name} is not known; expected one of {', '.join(DINOV2)}")
     dim, depth, heads, registers = DINOV2[name]
-    if name == "tiny" or weights or not pretrained:
-        if name == "tiny" and weights:
-            raise UserError("--dinov2 tiny is random and reads no weights; drop --dinov2-weights, or name the model the "
-                            "file belongs to, such as --dinov2 dinov2_vits14")
-        with torch.random.fork_rng(devices=[]):    # `tiny` is the same network in every run, as a pre-trained one would be
-            torch.manual_seed(TINY_SEED)
-            dinov2 = DinoVisionTransformer(dim=dim, depth=depth, heads=heads, registers=registers)
-        if weights and pretrained:
-            fill(dinov2, read_tensors(weights), f"{weights} (as {name})")
-    else:
+    if name == "tiny" and weights:
+        raise UserError("--dinov2 tiny is random and reads no weights; drop --dinov2-weights, or name the model the "
+                        "file belongs to, such as --dinov2 dinov2_vits14")
+    with torch.random.fork_rng(devices=[]):    # `tiny` is the same network in every run, as a pre-trained one would be
+        torch.manual_seed(TINY_SEED)
+        dinov2 = DinoVisionTransformer(dim=dim, depth=depth, heads=heads, registers=registers)
+    if weights and pretrained:
+        fill(dinov2, read_tensors(weights), f"{weights} (as {name})")
+    elif pretrained and name != "tiny":
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")    # three warnings about xFormers, harmless
-                dinov2 = torch.hub.load(DINOV2_HUB, name, trust_repo=True, skip_validation=True)
+                tensors = torch.hub.load(DINOV2_HUB, name, trust_repo=True, skip_validation=True).state_dict()
         except Exception as error:
             raise UserError(f"DINOv2 ({name}) is neither cached nor downloadable here ({type(error).__name__}); either "
                             "run once with a network, or give its official file by --dinov2-weights FILE, or take "
                             "--dinov2 tiny (random, for trying out)") from error
+        fill(dinov2, tensors, f"torch.hub's {name}")
     return dinov2.requires_grad_(False).eval()
 
 
@@ -246,6 +263,13 @@ def diversity_loss(code):
     return (math.log2(code.shape[1]) - entropy).mean()
 
 
+def drop_half(x):
+    """F.dropout(x, 0.5), from one random bit per value: a CPU would spend a quarter of SASGL's time on drawing a float for each."""
+    bits = torch.empty(math.ceil(x.numel() / 64), dtype=torch.int64, device=x.device).random_(-2 ** 63, None).view(torch.uint8)
+    powers = 2 ** torch.arange(8, dtype=torch.uint8, device=x.device)
+    return x * (bits & powers[:, None]).ne(0).flatten()[:x.numel()].view_as(x) * 2
+
+
 class MaskBranch(nn.Module):
     """The mask bottleneck: pixels (M, D) -> soft mask (M, 2) and its reconstruction loss."""
 
@@ -256,40 +280,125 @@ class MaskBranch(nn.Module):
         self.up_sampling = nn.Linear(2, dim)
 
     def forward(self, x):
-        mask = self.down_sampling(self.bn_s(F.dropout(x, 0.5, self.training))).float().softmax(1)
+        mask = self.down_sampling(self.bn_s(drop_half(x) if self.training else x)).float().softmax(1)
         return mask, F.mse_loss(self.up_sampling(mask).float(), x.float())
 
 
+def upsampled(maps, size):
+    """(N, h, w, C) -> (N, H, W, C), bilinear."""
+    return F.interpolate(maps.permute(0, 3, 1, 2), size, mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
+
+
+@torch.no_grad()
+def foreground_statistics(maps, foreground):
+    """maps (N, h, w, C), foreground (N, H, W) -> number of its pixels (1,), mean and variance (C,) of the maps, upsampled to (H, W), over
+    the foreground of all processes: what a batch norm that is given those pixels alone would compute."""
+    C, coarse = maps.shape[3], maps.shape[1:3] != foreground.shape[1:]
+    centre, sums = maps.float().mean((0, 1, 2)) if coarse else 0, 0    # a Linear's output lies near zero already: squares lose no digits
+    with torch.autocast(maps.device.type, enabled=False):
+        for piece, weight in zip(maps.split(1 if coarse else len(maps)), foreground.float().split(1 if coarse else len(maps))):
+            if coarse:    # one frame at a time: it stays in a CPU's cache
+                piece = upsampled(piece.float() - centre, foreground.shape[1:])
+            pixels, weight = piece.float().flatten(0, 2), weight.flatten()
+            sums = sums + torch.cat([weight.sum()[None], weight @ pixels, weight @ pixels.square()])
+    if processes()[1] > 1:
+        dist.all_reduce(sums)
+    number, first, second = sums.split([1, C, C])
+    first, second = first / number.clamp(min=1), second / number.clamp(min=1)
+    return number, first + centre, (second - first.square()).clamp(min=0)
+
+
+class Normalise(torch.autograd.Function):
+    """maps (N, H, W, C) -> (maps - mean) / sqrt(var + eps), mean and var (C,) being maps' own: means with the weights share (N, H, W),
+    which sum to 1 over all processes. Its gradient is batch norm's; written out, it keeps the output alone, which GELU keeps anyway."""
+
+    @staticmethod
+    def forward(ctx, maps, mean, var, share):
+        scale = (var + 1e-5).rsqrt()
+        y = torch.addcmul(-mean * scale, maps, scale).to(maps.dtype)
+        ctx.save_for_backward(y, scale, share)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        y, scale, share = ctx.saved_tensors
+        sums = torch.stack([gradient.float().sum((0, 1, 2)), (gradient.float() * y).sum((0, 1, 2))])
+        if processes()[1] > 1:
+            dist.all_reduce(sums)
+        through_statistics = torch.addcmul(sums[0], y, sums[1]).mul_(share[..., None])
+        return (gradient - through_statistics).mul_(scale).to(y.dtype), None, None, None
+
+
+class ForegroundNorm(nn.Module):
+    """BatchNorm1d(affine=False), its tensors and its arithmetic, whose statistics in training are foreground_statistics."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.momentum = 0.1
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+    def forward(self, maps, foreground, statistics=None):
+        """maps (N, h, w, C), foreground (N, H, W), statistics: foreground_statistics(maps, foreground), if they are known already
+        -> normalised maps, of the same type."""
+        if not self.training:
+            return Normalise.apply(maps, self.running_mean, self.running_var, foreground * 0)
+        assert not maps.requires_grad or maps.shape[:3] == foreground.shape, "no gradient passes the statistics of coarser maps"
+        number, mean, var = foreground_statistics(maps, foreground) if statistics is None else statistics
+        with torch.no_grad():
+            momentum = self.momentum * (number > 1)    # of fewer pixels there is nothing to learn
+            self.running_mean.lerp_(mean, momentum)
+            self.running_var.lerp_(var * number / (number - 1).clamp(min=1), momentum)
+            self.num_batches_tracked += 1
+        return Normalise.apply(maps, mean, var, foreground / number.clamp(min=1))
+
+
 class DenoisingBranch(nn.Module):
-    """Foreground pixels (M, 4D) -> denoising code (M, 16), a softmax: it can only say which part this is."""
+    """mid4 (N, h, w, 4D) on DINOv2's grid -> denoising code (N, H, W, 16), a softmax: it can only say which part of the body this is."""
+    recomputable = True    # train.recompute
 
     def __init__(self, dim, codes):
         super().__init__()
-        self.bn_s = nn.BatchNorm1d(dim, affine=False)
-        self.down_sampling = nn.Sequential(nn.Linear(dim, dim // 2), nn.BatchNorm1d(dim // 2, affine=False), nn.GELU(),
-                                           nn.Linear(dim // 2, codes))
+        self.bn_s = ForegroundNorm(dim)
+        self.down_sampling = nn.Sequential(Linear(dim, dim // 2), ForegroundNorm(dim // 2), nn.GELU(), Linear(dim // 2, codes))
 
-    def forward(self, x):
-        return self.down_sampling(self.bn_s(x)).float().softmax(1)
+    def forward(self, x, foreground, statistics):
+        """foreground (N, H, W), statistics: see ForegroundNorm."""
+        linear, norm, gelu, last = self.down_sampling
+        x = upsampled(linear(self.bn_s(x, foreground, statistics)), foreground.shape[1:])
+        return last(gelu(norm(x, foreground))).float().softmax(-1)
 
 
 class AppearanceBranch(nn.Module):
-    """Foreground pixels (M, 4D) -> appearance code (M, 16), a sigmoid each."""
+    """mid4 (N, h, w, 4D) on DINOv2's grid -> appearance code (N, H, W, 16), a sigmoid each."""
 
     def __init__(self, dim, codes):
         super().__init__()
-        self.bn_s = nn.BatchNorm1d(dim, affine=False)
-        self.down_sampling = nn.Linear(dim, codes)
-        self.bn_t = nn.BatchNorm1d(codes, affine=False)
+        self.bn_s = ForegroundNorm(dim)
+        self.down_sampling = Linear(dim, codes)
+        self.bn_t = ForegroundNorm(codes)
 
-    def forward(self, x):
-        return self.bn_t(self.down_sampling(self.bn_s(x))).float().sigmoid()
+    def forward(self, x, foreground, statistics):
+        """foreground (N, H, W), statistics: see ForegroundNorm."""
+        x = upsampled(self.down_sampling(self.bn_s(x, foreground, statistics)), foreground.shape[1:])
+        return self.bn_t(x, foreground).float().sigmoid()
 
 
 # ---------------------------------------------------------------- gait net ----
 
+def conv_norm(x, conv, bn):
+    """bn(conv(x)). Where nothing is trained a batch norm is a fixed scale and shift per channel: both are folded into the convolution,
+    a multiplication per weight in place of two passes over the maps."""
+    if bn.training or torch.is_grad_enabled():
+        return bn(conv(x))
+    scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
+    return F.conv2d(x, conv.weight * scale[:, None, None, None], bn.bias - bn.running_mean * scale, conv.stride, conv.padding)
+
+
 class BasicBlock(nn.Module):
     """ResNet's two-convolution block, same width in and out."""
+    recomputable = True    # train.recompute
 
     def __init__(self, width):
         super().__init__()
@@ -297,7 +406,8 @@ class BasicBlock(nn.Module):
         self.bn1, self.bn2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
 
     def forward(self, x):
-        return F.relu(x + self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+        y = F.relu(conv_norm(x, self.conv1, self.bn1), inplace=True)
+        return F.relu(x + conv_norm(y, self.conv2, self.bn2), inplace=True)
 
 
 class CodeStem(nn.Module):
@@ -307,7 +417,7 @@ class CodeStem(nn.Module):
         self.block = BasicBlock(width)
 
     def forward(self, code):
-        return self.block(F.relu(self.bn(self.conv(code))))
+        return self.block(F.relu(conv_norm(code, self.conv, self.bn), inplace=True))
 
 
 class AttentionFusion(nn.Module):
@@ -358,7 +468,7 @@ class SASGL(nn.Module):
     def __init__(self, *, dinov2, backbone, width=64, codes=16, dino_size=(448, 224), code_size=(64, 32)):
         super().__init__()
         assert dino_size[0] % 14 == 0 == dino_size[1] % 14, f"dino_size {dino_size} must be multiples of 14"
-        self.dino_size, self.code_size, self.codes = dino_size, code_size, codes
+        self.dino_size, self.code_size = dino_size, code_size
         self.dinov2 = dinov2
         self.blocks = [dinov2.n_blocks * k // 4 - 1 for k in (1, 2, 3, 4)]    # 1/4, 2/4, 3/4, 4/4
         self.mask_branch = MaskBranch(dinov2.embed_dim)
@@ -373,20 +483,17 @@ class SASGL(nn.Module):
 
     @torch.no_grad()
     def features(self, frames):
-        """(N, 3, H, W) -> last (N, D, h, w), mid4 (N, 4D, h, w)."""
+        """(N, 3, H, W) -> last (N, h, w, D), mid4 (N, h, w, 4D), on DINOv2's grid."""
         x = F.interpolate(frames, self.dino_size, mode="bilinear", align_corners=False)
         layers = self.dinov2.get_intermediate_layers(x, n=self.blocks, norm=False)
         mid4 = torch.cat(layers, dim=2)
         grid = self.dino_size[0] // 14, self.dino_size[1] // 14
-        return tuple(F.interpolate(tokens.transpose(1, 2).unflatten(2, grid), self.code_size, mode="bilinear",
-                                   align_corners=False)
-                     for tokens in (self.dinov2.norm(layers[-1]), F.layer_norm(mid4, mid4.shape[2:], eps=1e-6)))
+        return tuple(tokens.unflatten(1, grid) for tokens in (self.dinov2.norm(layers[-1]), F.layer_norm(mid4, mid4.shape[2:], eps=1e-6)))
 
     def mask_losses(self, last):
-        """last (N, D, h, w) -> soft mask (N, 2, h, w), reconstruction and smoothness losses, weighted."""
-        N, D, h, w = last.shape
-        mask, loss_mask = self.mask_branch(last.permute(0, 2, 3, 1).reshape(-1, D))
-        mask = mask.view(N, h, w, 2).permute(0, 3, 1, 2)
+        """last (N, h, w, D) -> soft mask (N, 2, H, W), reconstruction and smoothness losses, weighted."""
+        mask, loss_mask = self.mask_branch(upsampled(last, self.code_size).flatten(0, 2))
+        mask = mask.unflatten(0, (-1, *self.code_size)).permute(0, 3, 1, 2)
         with torch.autocast(last.device.type, enabled=False):
             return mask, {"mask": loss_mask, "smooth_mask": 0.02 * smooth_loss(mask)}
 
@@ -395,17 +502,10 @@ class SASGL(nn.Module):
         last, mid4 = self.features(frames)
         mask, losses = self.mask_losses(last)
         silhouette = refine_edges(choose_body(mask.detach()))
-        foreground = silhouette != 0
-        pixels = mid4.permute(0, 2, 3, 1)[foreground]    # (M, 4D): batch-norm statistics are over these alone
-
-        def encode(branch):
-            code = torch.zeros(*foreground.shape, self.codes, device=frames.device)
-            # A batch norm in training needs two; a synchronised one waits for every process, whatever this one sees.
-            if len(pixels) > 1 or self.training and isinstance(branch.bn_s, nn.SyncBatchNorm):
-                code[foreground] = branch(pixels)
-            return code.permute(0, 3, 1, 2)
-
-        denoising, appearance = encode(self.denoising_branch), encode(self.appearance_branch)
+        foreground = silhouette != 0    # batch-norm statistics are over these pixels alone, and the codes are zero elsewhere
+        statistics = foreground_statistics(mid4, foreground) if self.training else None
+        denoising, appearance = ((branch(mid4, foreground, statistics) * foreground[..., None]).permute(0, 3, 1, 2)
+                                 for branch in (self.denoising_branch, self.appearance_branch))
         with torch.autocast(frames.device.type, enabled=False):
             losses["smooth_part"] = 0.01 * smooth_loss(denoising[:, :-1])
             losses["diversity"] = 5 * diversity_loss(denoising)

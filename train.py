@@ -27,7 +27,9 @@ import os
 import re
 import signal
 import time
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, make_dataclass, replace
+from functools import partial
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")    # or each process warns that it found no unused parameter, before its first step
 
@@ -35,11 +37,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
 import walkers
-from data import Frames, IdentitySampler, UserError, augment, cli, gathered, ignore_interrupts, is_walkers, load_dataset, option, processes
-from evaluate import METHODS, choose_device, evaluate, read_checkpoint, table, write_atomic, write_json, write_picture
+from data import (Cache, Chunks, Frames, IdentitySampler, UserError, augment, cli, gathered, ignore_interrupts, is_walkers, load_dataset, option,
+                  processes, write_atomic)
+from evaluate import METHODS, choose_device, evaluate, read_checkpoint, table, write_json, write_picture
 from pictures import draw_curves, draw_silhouettes, samples
 from sasgl import fill
 
@@ -66,9 +70,13 @@ class Config:
     milestones: tuple = option((40, 70), "epochs at which the rate falls tenfold")
     cosine: bool = option(False, "instead of milestones: after the warm-up the rate follows a cosine that ends at 0.01 after the last epoch")
     precision: str = option("auto", "auto, bfloat16, float16 (with loss scaling), float32; auto: bfloat16 on CUDA, else float32")
+    checkpoint_activations: bool = option(False, "compute activations again in the backward pass: far less memory, a quarter more time, the same results")
+    accumulate: int = option(1, "cut a step into this many chunks of identities, with the full batch's loss: less memory, a third more time", 1)
+    compile: bool = option(False, "torch.compile the ResNets and transformers: a minute or more of warm-up, worth it for long runs")
     # data
     size: tuple = option((256, 128), "height and width of the frames; the height is cut into 16 strips after 16-fold reduction", 1)
     erase: float = option(0.5, "probability of random erasing; lower it for short runs, which underfit", 0)
+    cache: str = option("", "file for the training frames, resized and decoded, made once: for when reading images is what the GPU waits for")
     workers: int = option(min(8, os.cpu_count() or 1), "loader processes; raise it if the GPU waits, 0 where reading is nothing beside a CPU step", 0)
     test_batch: int = option(32, "tracklets at a time in evaluation", 1)
     evaluate_every: int = option(0, "epochs between evaluations; 0: after the last only (curves cost an embedding pass each)", 0)
@@ -239,6 +247,69 @@ def warm_up(model, loader, sampler, config, device):
     bar.close()
 
 
+# ------------------------------------------------------------ a step, with less memory ----
+
+@contextmanager
+def untracked(module):
+    """Batch norms inside go on normalising by the batch at hand, and leave their running statistics as they are."""
+    kept = [(m, m.momentum, m.num_batches_tracked) for m in module.modules() if getattr(m, "running_mean", None) is not None]
+    for norm, _, batches in kept:
+        norm.momentum, norm.num_batches_tracked = 0.0, batches.clone()
+    try:
+        yield
+    finally:
+        for norm, momentum, batches in kept:
+            norm.momentum, norm.num_batches_tracked = momentum, batches
+
+
+def recompute(model):
+    """--checkpoint-activations: the modules of `model` whose class says `recomputable` keep their input alone and compute the rest once
+    more in the backward pass. [ours]"""
+    for module in model.modules():
+        if getattr(module, "recomputable", False):
+            contexts = lambda module=module: (nullcontext(), untracked(module))    # else a batch would be counted twice
+            module.forward = partial(recomputed, module.forward, use_reentrant=False, context_fn=contexts)
+
+
+def forward_backward(model, frames, modality, label, accumulate=1, autocast=nullcontext, scale=lambda loss: loss):
+    """Adds the gradient of scale(sum of losses) of a batch to its parameters' -> losses, shown (see DinoGRL.forward), detached.
+
+    frames (B, T, 3, H, W), modality and label (B,); model may be a DistributedDataParallel. accumulate > 1: the batch goes through the
+    network in that many chunks of whole identities, twice (see data.Chunks; as GradCache, Gao et al. 2021), so that losses which compare
+    tracklets compare them all; only batch norms inside the network see their chunk alone. [ours]"""
+    def backward(chunk):
+        with autocast():
+            losses, shown = model(frames[chunk], modality[chunk], label[chunk])
+        scale(sum(losses.values()) / accumulate).backward()
+        return {k: v.detach() for k, v in losses.items()}, {k: v.detach() for k, v in shown.items()}
+    if accumulate == 1:
+        return backward(slice(None))
+
+    net, device = getattr(model, "module", model), frames.device
+    heads = torch.nn.ModuleList(part for name, part in net.named_children() if name.endswith(("head", "heads")))    # these see the whole batch
+    place = {pid: i for i, pid in enumerate(dict.fromkeys(label.tolist()))}
+    place = torch.tensor([place[pid] * accumulate // len(place) for pid in label.tolist()])
+    chunks = [(place == a).nonzero()[:, 0] for a in range(accumulate)]
+    Chunks.step, states, results = Chunks(accumulate), [], []
+    try:
+        with torch.no_grad(), untracked(net), autocast():
+            for a, chunk in enumerate(chunks):
+                states.append((torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None))
+                Chunks.step.begin(a, recording=True)
+                net(frames[chunk], modality[chunk], label[chunk])
+        for a, chunk in enumerate(chunks):
+            last = a == accumulate - 1
+            torch.set_rng_state(states[a][0])    # the same dropout
+            if device.type == "cuda":
+                torch.cuda.set_rng_state(states[a][1], device)
+            Chunks.step.begin(a, recording=False)
+            with nullcontext() if last else untracked(heads), nullcontext() if last or model is net else model.no_sync():
+                results.append(backward(chunk))
+    finally:
+        Chunks.step = None
+    return tuple({name: torch.stack([values[i][name] for values in results]).mean(0) for name in results[0][i]} for i in (0, 1))
+
+
 def keep_memory():
     """Asks glibc to keep freed memory for the next step: handing 100 MB back and forth costs a CPU run a fifth of its time."""
     try:
@@ -255,8 +326,12 @@ def main():
     keep_memory()
     device = choose_device(config.device)
     rank, world = processes()
+    if config.identities % (config.accumulate * world):
+        raise UserError(f"--accumulate {config.accumulate} chunks in each of {world} processes of --identities {config.identities}; expected chunks of whole "
+                        "identities: raise --identities or lower --accumulate")
     precision = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(config.precision, config.precision)
-    dtype, start = getattr(torch, precision), time.time()
+    autocast = partial(torch.autocast, device.type, getattr(torch, precision), enabled=precision != "float32")
+    start = time.time()
 
     # Data
     if not config.data:
@@ -269,7 +344,14 @@ def main():
     label_of = {pid: label for label, pid in enumerate(dataset.classes)}
     label_of_tracklet = torch.tensor([label_of[t.pid] for t in dataset.train])
     sampler = IdentitySampler(dataset.train, P=config.identities, K=config.tracklets, steps=config.steps, seed=config.seed, rank=rank, world=world)
-    loader = torch.utils.data.DataLoader(Frames(dataset.train, size=config.size, T=config.frames), batch_sampler=sampler,
+    cache = None
+    if config.cache:
+        make = partial(Cache, config.cache, dataset.train, size=config.size, root=dataset.root, workers=config.workers)
+        cache = make() if rank == 0 else None
+        if world > 1:
+            dist.barrier()    # the first process makes it where there is none
+        cache = cache or make()
+    loader = torch.utils.data.DataLoader(Frames(dataset.train, size=config.size, T=config.frames, cache=cache), batch_sampler=sampler,
                                          num_workers=config.workers, pin_memory=device.type == "cuda",
                                          persistent_workers=config.workers > 0, worker_init_fn=ignore_interrupts,
                                          generator=torch.Generator())    # its own: it would draw from the model's otherwise
@@ -285,7 +367,7 @@ def main():
     groups = model.parameter_groups()
     rates = [config.lr * group.pop("factor") for group in groups]
     optimizer = getattr(torch.optim, config.optimizer)([{**group, "lr": lr} for group, lr in zip(groups, rates)],
-                                                       weight_decay=config.weight_decay)
+                                                       weight_decay=config.weight_decay, fused=device.type == "cuda")
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate(config))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
     if rank:
@@ -327,6 +409,11 @@ def main():
     if resume is None and config.epochs and model.warm_up_stage:
         model.train()
         warm_up(model, loader, sampler, config, device)
+    if config.checkpoint_activations:
+        recompute(model)
+    for module in model.modules() if config.compile else ():
+        if getattr(module, "compilable", False):
+            module.compile()
     parallel = model
     if world > 1:
         if device.type == "cuda":    # torch has no synchronised batch norm for CPUs: there each process normalises its share
@@ -374,15 +461,12 @@ def main():
             frames = augment(frames.to(device, non_blocking=True), modality,
                              np.random.default_rng([config.seed, epoch, step, rank]), config.erase)
             label = label_of_tracklet[index].to(device)
-            with torch.autocast(device.type, dtype, enabled=precision != "float32"):
-                losses, shown = parallel(frames, modality.to(device), label)
-            total = sum(losses.values())
             optimizer.zero_grad()
-            scaler.scale(total).backward()
+            losses, shown = forward_backward(parallel, frames, modality, label, config.accumulate, autocast, scaler.scale)
             scaler.step(optimizer)
             scaler.update()
 
-            values = {name: value.detach() for name, value in {**losses, **shown}.items()}
+            values = {**losses, **shown}
             sums = {name: sums.get(name, 0) + value for name, value in values.items()}
             recent.append((step, index, values))
             stop = False

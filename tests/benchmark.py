@@ -1,58 +1,89 @@
 """How fast the parts are: `python tests/benchmark.py` prints a table, each part against a plain reference in the same run.
 
-    python tests/benchmark.py               at HITSZ-VCM's size, search in 100,000 tracklets; some minutes, 8 GB of disk
-    python tests/benchmark.py --quick       a tenth of it, under a minute
+    python tests/benchmark.py               the sizes of the paper and of HITSZ-VCM; about a quarter of an hour on two cores, 8 GB of disk
+    python tests/benchmark.py --quick       small ones, under a minute
 
-PBMGE, the metrics, the distances, re-ranking and search so far. Times are medians of three runs, on CUDA where there is one. The
-gallery of the search lies in a file made for it and removed again.
+On CUDA where there is one. Times are medians after a first run that does not count. The training step, the embedding and the silhouettes
+are measured in processes of their own, for their memory's sake; there "plain" is the same model with literal_look of test_sasgl.py, every
+Linear as torch has it, maps as NCHW, batch norms on their own, memory handed back to the system, and float16 on CUDA.
 """
 import argparse
+import json
 import os
 import resource
+import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import Tracklet    # noqa: E402
+import model as dinogrl    # noqa: E402
+import sasgl    # noqa: E402
+import train    # noqa: E402
+from data import INFRARED, VISIBLE, Cache, Frames, Tracklet, augment, erased_box, frame_indices    # noqa: E402
 from pbmge import PBMGE    # noqa: E402
 from ranking import Stored, distances, metrics, nearest, rerank, write_embeddings    # noqa: E402
 from test_pbmge import literal_pbmge    # noqa: E402
+from test_sasgl import literal_look    # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def median(function, runs=3):
-    seconds = []
-    for _ in range(runs):
+def seconds_of(function):
+    """One call, on CUDA by events."""
+    if DEVICE.type == "cpu":
         start = time.perf_counter()
         function()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return sorted(seconds)[runs // 2]
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def median(function, runs=3):
+    function()
+    return sorted(seconds_of(function) for _ in range(runs))[runs // 2]
 
 
 def peak():
-    """Largest memory of this process so far, MB."""
+    """Largest memory so far, MB: of this process, on CUDA of its tensors there."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def print_row(part, work, seconds, reference="", ratio=""):
-    print(f"{part:12}{work:64}{seconds:>10}{reference:>24}{ratio:>8}", flush=True)
+    print(f"{part:13}{work:74}{seconds:>10}{reference:>20}{ratio:>8}", flush=True)
+
+
+def note(words):
+    print(f"{'':13}{words}", flush=True)
 
 
 def compare(part, work, ours, usual, same, runs=3):
     """Both once, to see that they agree; then the medians and their ratio."""
     same(ours(), usual())
     fast, slow = median(ours, runs), median(usual, runs)
-    print_row(part, work, f"{fast:.3g} s", f"usual code {slow:.3g} s", f"{slow / fast:.1f} x")
+    print_row(part, work, f"{fast:.3g} s", f"plain {slow:.3g} s", f"{slow / fast:.1f} x")
+
+
+def growth(what, functions):
+    """Three functions, each with twice the work of the one before."""
+    times = [median(function) for function in functions]
+    note(f"{what} doubled twice: {times[1] / times[0]:.2f} and {times[2] / times[1]:.2f} times the time")
 
 
 def fusion(B, D=256, strips=(1, 2, 4, 8, 16)):
@@ -69,11 +100,7 @@ def fusion(B, D=256, strips=(1, 2, 4, 8, 16)):
     made = make(D)
     compare("PBMGE", f"forward + backward, batch {B}, {D} channels, {sum(strips)} parts", lambda: step(PBMGE.__call__, *made), lambda: step(literal_pbmge, *made),
             lambda a, b: torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3))
-    grown = []
-    for k in 1, 2, 4:
-        made = make(D * k)
-        grown.append(median(lambda: step(PBMGE.__call__, *made)))
-    print(f"{'':12}channels doubled twice: {grown[1] / grown[0]:.2f} and {grown[2] / grown[1]:.2f} times the time")
+    growth("channels", [partial(step, PBMGE.__call__, *make(D * k)) for k in (1, 2, 4)])
 
 
 def usual_metrics(distance, query_pid, gallery_pid, query_camera, gallery_camera):
@@ -100,7 +127,8 @@ def scoring(Q, G, identities):
 
     def same(ours, usual):
         assert all(abs(ours[name] - value) < 1e-5 for name, value in usual.items()), (ours, usual)
-    compare("metrics", f"{Q:,} x {G:,} distances, {identities} identities", lambda: metrics(on_device, *arguments), lambda: usual_metrics(distance.numpy(), *arguments), same)
+    compare("metrics", f"{Q:,} x {G:,} distances, {identities} identities", lambda: metrics(on_device, *arguments), lambda: usual_metrics(distance.numpy(), *arguments), same, runs=1)
+    growth("gallery", [partial(metrics, on_device[:, :g], arguments[0], arguments[1][:g], arguments[2], arguments[3][:g]) for g in (G // 4, G // 2, G)])
 
 
 def usual_distances(query, gallery):
@@ -119,6 +147,7 @@ def distance_matrix(Q, G, P=70, D=256):
     extra = peak() - before - Q * G * 4 / 2 ** 20
     compare("distances", f"{Q:,} x {G:,}, {P} parts x {D}; beside the result {max(extra, 0):.0f} MB", lambda: distances(query, gallery),
             lambda: usual_distances(query, gallery), lambda a, b: torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3), runs=1)
+    growth("gallery", [partial(distances, query[:Q // 4], gallery[:g]) for g in (G // 4, G // 2, G)])
 
 
 def search(G, P, D, name):
@@ -137,8 +166,8 @@ def search(G, P, D, name):
             half, before = median(lambda: nearest(query, piece, G // 2, 10, rows)), peak()
             whole = median(lambda: nearest(query, piece, G, 10, rows))
             print_row("search", f"{Q} quer{'y' if Q == 1 else 'ies'} in {G:,} tracklets of {P} x {D} ({name})", f"{whole:.2f} s", f"half of it {half:.2f} s", "")
-            print(f"{'':12}{whole * 1e5 / G:.1f} s per 100,000, {whole * 1e6 / G:.0f} s per 1,000,000; file {os.path.getsize(path) / 1e9:.1f} GB, memory {peak():.0f} MB, "
-                  f"{peak() - before:.0f} of them for the second half")
+            note(f"{whole * 1e5 / G:.1f} s per 100,000, {whole * 1e6 / G:.0f} s per 1,000,000; file {os.path.getsize(path) / 1e9:.1f} GB, memory {peak():.0f} MB, "
+                 f"{peak() - before:.0f} of them for the second half")
 
 
 def usual_rerank(distance, Q, k1=20, k2=6, weight=0.3):
@@ -175,15 +204,201 @@ def reranking(Q, G, reference=True):
     ours, usual = lambda: rerank(distance, Q), lambda: torch.from_numpy(usual_rerank(distance.cpu().numpy(), Q)).to(DEVICE)
     if reference:
         compare("re-ranking", f"{Q:,} x {G:,}", ours, usual, lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=1e-4))
+        growth("queries and gallery", [lambda n=n: rerank(distance[:n, :n], n // 2) for n in ((Q + G) // 4, (Q + G) // 2, Q + G)])
     else:
         print_row("re-ranking", f"{Q:,} x {G:,}", f"{median(ours):.2f} s")
-        print(f"{'':12}memory +{peak() - before:.0f} MB over the distances' {distance.numel() * 4 / 2 ** 20:.0f} MB")
+        note(f"memory +{peak() - before:.0f} MB over the distances' {distance.numel() * 4 / 2 ** 20:.0f} MB")
+
+
+# ------------------------------------------------------------------------ loader ----
+
+class PlainFrames(torch.utils.data.Dataset):
+    """Tracklets as they are usually loaded: each frame opened, transformed and made a float tensor on its own, in the worker."""
+
+    def __init__(self, tracklets, size, T):
+        self.tracklets, self.size, self.T = tracklets, size, T
+
+    def __getitem__(self, key):
+        index, seed = key
+        rng, frames, (H, W), pad = np.random.default_rng(seed), [], self.size, 10
+        tracklet = self.tracklets[index]
+        for i in frame_indices(len(tracklet.frames), self.T, rng):
+            image = Image.open(tracklet.frames[i]).convert("RGB").resize((W, H), Image.Resampling.BILINEAR)
+            padded = Image.new("RGB", (W + 2 * pad, H + 2 * pad))
+            padded.paste(image, (pad, pad))
+            x, y = rng.integers(2 * pad + 1, size=2).tolist()
+            image = padded.crop((x, y, x + W, y + H))
+            if rng.random() < 0.5:
+                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            frame = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div(255)
+            frame = (frame - torch.tensor((0.485, 0.456, 0.406))[:, None, None]) / torch.tensor((0.229, 0.224, 0.225))[:, None, None]
+            box = erased_box(H, W, rng) if rng.random() < 0.5 else None
+            if box:
+                frame[:, box[0]:box[0] + box[2], box[1]:box[1] + box[3]] = torch.tensor((0.4914, 0.4822, 0.4465))[:, None, None]
+            channel = rng.integers(6)
+            frames.append(frame[channel:channel + 1].repeat(3, 1, 1) if channel < 3 else frame)
+        return torch.stack(frames), int(tracklet.modality == INFRARED), index
+
+
+def loading(batches, tracklets=64, T=6, size=(256, 128)):
+    """Augmented batches of 32 tracklets ready on the device: plain, ours, ours with --cache."""
+    rng, workers = np.random.default_rng(0), min(8, os.cpu_count())
+    with tempfile.TemporaryDirectory() as folder:
+        made = []
+        for t in range(tracklets):
+            names = [os.path.join(folder, f"{t}-{i}.jpg") for i in range(16)]
+            for name in names:
+                rough = Image.fromarray(rng.integers(256, size=(32, 16, 3), dtype=np.uint8)).resize(size[::-1], Image.Resampling.BICUBIC)
+                rough.save(name, quality=90)
+            made.append(Tracklet(tuple(names), t, "D1", (VISIBLE, INFRARED)[t % 2]))
+        cache = Cache(os.path.join(folder, "cache"), made, size=size, root=folder)
+        keys = [[(int(t), int(s)) for t, s in zip(rng.integers(tracklets, size=32), rng.integers(2 ** 31, size=32))] for _ in range(batches)]
+
+        def passing(dataset, finish):
+            loader = torch.utils.data.DataLoader(dataset, batch_sampler=keys, num_workers=workers, persistent_workers=True, pin_memory=DEVICE.type == "cuda")
+
+            def run():
+                for step, (frames, modality, _) in enumerate(loader):
+                    finish(frames.to(DEVICE, non_blocking=True), modality, step)
+            return run
+        ours = lambda frames, modality, step: augment(frames, modality, np.random.default_rng(step))
+        plain = median(passing(PlainFrames(made, size, T), lambda *_: None))
+        work, frames = f"{T}-frame tracklets of {size[0]}x{size[1]} JPEGs, augmented; {workers} workers", 32 * T * batches
+        for name, options in (work, {}), (f"the same with --cache ({os.path.getsize(cache.path) / 2 ** 20:.0f} MB for {cache.shape[0]:,} frames)", {"cache": cache}):
+            seconds = median(passing(Frames(made, size=size, T=T, **options), ours))
+            print_row("loader", name, f"{frames / seconds:.0f} fps", f"plain {frames / plain:.0f} fps", f"{plain / seconds:.1f} x")
+
+
+# ----------------------------------------------------- the network, in its own process ----
+
+def plain_model(net):
+    """The same model as one would write it first."""
+    sasgl_, nchw = net.sasgl, lambda module, inputs: tuple(x.contiguous() for x in inputs)
+    sasgl_.look = partial(literal_look, sasgl_)
+    for module in net.modules():
+        if isinstance(module, sasgl.Linear):
+            module.__class__ = torch.nn.Linear
+    for module in (net.visible_stem, net.infrared_stem, sasgl_.gait_net):
+        module.register_forward_pre_hook(nchw)
+    dinogrl.conv_norm = sasgl.conv_norm = lambda x, conv, bn: bn(conv(x))
+
+
+def child(part, variant, tracklets, frames, precision):
+    """Prints a JSON of what one process measures: seconds, peak memory in MB, TFLOP."""
+    if variant != "plain" and part != "memory":
+        train.keep_memory()
+    torch.manual_seed(0)
+    B, N = tracklets, tracklets * frames
+    net = dinogrl.DinoGRL(classes=500, dinov2=sasgl.load_dinov2("dinov2_vits14", pretrained=False)).to(DEVICE).train()
+    if variant == "plain":
+        plain_model(net)
+    if "recomputed" in variant:
+        train.recompute(net)
+    if "compiled" in variant:
+        for module in net.modules():
+            if getattr(module, "compilable", False):
+                module.compile()
+    autocast = partial(torch.autocast, DEVICE.type, getattr(torch, precision), enabled=precision != "float32")
+    x = torch.randn(B, frames, 3, 256, 128, device=DEVICE)
+    modality, label = torch.arange(B) // (B // 2), (torch.arange(B) % (B // 2) // 2).to(DEVICE)
+    optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], fused=DEVICE.type == "cuda" and variant != "plain")
+    scaler = torch.amp.GradScaler(DEVICE.type, enabled=precision == "float16")
+
+    def step():
+        optimizer.zero_grad()
+        train.forward_backward(net, x, modality, label, accumulate=2 if "accumulated" in variant else 1, autocast=autocast, scale=scaler.scale)
+        scaler.step(optimizer)
+        scaler.update()
+
+    @torch.inference_mode()
+    def embed():
+        with autocast():
+            net.eval().embed(x, modality)
+    if part == "silhouettes":    # DINOv2 sees a body: about a third of the frame is foreground
+        y, across = torch.meshgrid(torch.linspace(-1, 1, 32), torch.linspace(-1, 1, 16), indexing="ij")
+        body = ((across / 0.55) ** 2 + (y / 0.85) ** 2 < 1).float().reshape(1, 512, 1).to(DEVICE)
+        layers = [torch.randn(N, 512, 384, device=DEVICE) + 3 * body * torch.randn(384, device=DEVICE) for _ in range(4)]
+        net.sasgl.dinov2.get_intermediate_layers = lambda *_, **__: layers
+        towards = (layers[-1] * body).mean((0, 1))
+        net.sasgl.mask_branch.down_sampling.weight.data = torch.stack([2 * towards, -2 * towards])
+
+        def silhouettes():
+            with autocast():
+                view = net.sasgl.look(x.flatten(0, 1))
+                loss = sum(view.losses.values()) + view.appearance.square().mean()
+            loss.backward()
+            return view.silhouette
+        results = {"foreground": silhouettes().bool().float().mean().item()}
+        if DEVICE.type == "cuda" and variant != "plain":
+            torch.cuda.set_sync_debug_mode("error")
+            silhouettes()
+            torch.cuda.set_sync_debug_mode("default")
+    work = {"silhouettes": lambda: silhouettes(), "embedding": embed}.get(part, step)
+    if part == "memory":
+        step()
+        return {"peak": peak()}
+    results = {**(results if part == "silhouettes" else {}), "seconds": median(work), "peak": peak()}
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return {**results, "flop": counter.get_total_flops()}
+
+
+def in_child(*arguments, **environment):
+    command = [sys.executable, __file__, "--child", *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    if result.returncode:
+        raise RuntimeError(result.stderr)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def matrix_rate(dtype):
+    """FLOP/s of the fastest product of two 2,048 x 2,048 matrices (CUDA: 8,192) that a Linear can call."""
+    n = 8192 if DEVICE.type == "cuda" else 2048
+    x, module = torch.randn(1, n, n, device=DEVICE, dtype=dtype), sasgl.Linear(n, n, device=DEVICE, dtype=dtype)
+    with torch.inference_mode():
+        return 2 * n ** 3 / min(median(lambda: module(x), 5), median(lambda: F.linear(x, module.weight, module.bias), 5))
+
+
+def network(part, words, tracklets, frames, variants=("ours",), growing=()):
+    """variants: of ours, each compared with plain; "bfloat16" in one is its precision."""
+    own, plain_precision = ("bfloat16", "float16") if DEVICE.type == "cuda" else ("float32", "float32")
+    plain = in_child(part, "plain", tracklets, frames, plain_precision)
+    N = tracklets * frames
+    for variant in variants:
+        precision = "bfloat16" if "bfloat16" in variant else own
+        r = in_child(part, variant, tracklets, frames, precision)
+        print_row(part, f"{words}{variant.replace('ours', '')}, {tracklets} tracklets of {frames} frames, {precision}", f"{r['seconds']:.3g} s",
+                  f"plain {plain['seconds']:.3g} s", f"{plain['seconds'] / r['seconds']:.2f} x")
+        rate = matrix_rate(getattr(torch, precision))
+        note(f"{N / r['seconds']:.1f} frames/s, {r['flop'] / 1e12:.3g} TFLOP at {r['flop'] / r['seconds'] / 1e12:.3g} TFLOP/s, {r['flop'] / r['seconds'] / rate:.0%} of a matrix "
+             f"product's {rate / 1e12:.3g}; peak {r['peak'] / 1024:.1f} GB (plain {plain['peak'] / 1024:.1f} GB, {plain['flop'] / 1e12:.3g} TFLOP)"
+             + (f"; foreground {r['foreground']:.0%}" if "foreground" in r else ""))
+    if growing:
+        times = [in_child(part, "ours", n, frames, own)["seconds"] for n in growing]
+        note(f"tracklets doubled twice ({', '.join(map(str, growing))}): " + " and ".join(f"{b / a:.2f}" for a, b in zip(times, times[1:])) + " times the time")
+
+
+def memory(few, many, frames=6):
+    """Training memory: the peak of a bfloat16 step at two batches, on a CPU of the whole process, its floor and its slope."""
+    for variant in "", "recomputed", "accumulated", "recomputed-accumulated":
+        peaks = [in_child("memory", f"ours-{variant}", n, frames, "bfloat16", MALLOC_MMAP_THRESHOLD_="65536")["peak"] / 1024 for n in (few, many)]    # freed is given back
+        each = (peaks[1] - peaks[0]) / (many - few)
+        fixed = peaks[0] - few * each
+        options = " ".join(f"--{ {'recomputed': 'checkpoint-activations on', 'accumulated': 'accumulate 2'}[word]}" for word in variant.split("-") if word)
+        print_row("memory", f"of a step, bfloat16, {frames} frames a tracklet {options}", f"{each:.2f} GB", "each tracklet", "")
+        note(f"and {fixed:.1f} GB; the largest batch for " + ", ".join(f"{gpu} GB: {max(0, int((0.95 * gpu - fixed) / each))}" for gpu in (12, 24, 80)) + " tracklets")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="a tenth of the work, under a minute")
-    small = 10 if parser.parse_args().quick else 1
+    parser.add_argument("--child", nargs=5, metavar=("PART", "VARIANT", "TRACKLETS", "FRAMES", "PRECISION"), help="used by the benchmark itself")
+    args = parser.parse_args()
+    if args.child:
+        part, variant, tracklets, frames, precision = args.child
+        print(json.dumps(child(part, variant, int(tracklets), int(frames), precision)))
+        sys.exit()
+    small = 10 if args.quick else 1
     sys.stderr = open(os.devnull, "w", encoding="utf-8")    # progress bars
     print(f"torch {torch.__version__}, {DEVICE if DEVICE.type == 'cpu' else torch.cuda.get_device_name()}, {torch.get_num_threads()} threads")
     print_row("part", "work", "time", "reference", "ratio")
@@ -194,4 +409,11 @@ if __name__ == "__main__":
     reranking(2000 // small, 2000 // small)
     if small == 1:
         reranking(5159, 5643, reference=False)    # HITSZ-VCM's size
-    fusion(32)
+    fusion(32 if small == 1 else 4)
+    loading(10 // min(small, 5))
+    B, T = (4, 1) if args.quick else (32, 6) if DEVICE.type == "cuda" else (8, 6)    # activations of 32 in float32 are more than most CPUs have memory for
+    network("silhouettes", "SASGL without DINOv2 and gait net, step", 4 if args.quick else 32, T)
+    network("step", "training step, paper preset", B, T, ["ours"] if args.quick or DEVICE.type == "cuda" else ["ours", "ours-bfloat16"], () if args.quick else (B // 4, B // 2, B))
+    network("embedding", "paper preset", B, T, ["ours"] if args.quick or DEVICE.type == "cuda" else ["ours", "ours-bfloat16"])
+    if not args.quick:
+        memory(2, 4)

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 import sasgl
 from data import UserError
 from golden import formula
-from sasgl import (DINOV2, SASGL, DinoVisionTransformer, choose_body, diversity_loss, load_dinov2, refine_edges,
-                   smooth_loss)
+from sasgl import (DINOV2, SASGL, DinoVisionTransformer, Linear, View, choose_body, diversity_loss, drop_half, load_dinov2, refine_edges,
+                   smooth_loss, upsampled)
 
 
 def dino_shapes(dim, depth, registers):
@@ -98,10 +98,16 @@ def test_hub_is_pinned_and_quiet(monkeypatch, recwarn):
         import warnings
         warnings.warn("xFormers is not available (SwiGLU)")
         asked.update(kwargs, repo=repo, name=name)
-        return DinoVisionTransformer(dim=8, depth=4, heads=2)
+        return given
+    dim, depth, heads, registers = DINOV2["dinov2_vits14_reg"]
+    given = DinoVisionTransformer(dim=dim, depth=depth, heads=heads, registers=registers)
     monkeypatch.setattr(torch.hub, "load", hub)
-    assert not load_dinov2("dinov2_vitb14_reg").training
-    assert asked["name"] == "dinov2_vitb14_reg" and asked["skip_validation"] and asked["trust_repo"]
+    dinov2 = load_dinov2("dinov2_vits14_reg")
+    assert not dinov2.training and torch.equal(dinov2.pos_embed, given.pos_embed)
+    given.blocks[3].mlp = given.blocks[2].attn
+    with pytest.raises(UserError, match="torch.hub's dinov2_vits14_reg does not fit: blocks.3.mlp"):
+        load_dinov2("dinov2_vits14_reg")
+    assert asked["name"] == "dinov2_vits14_reg" and asked["skip_validation"] and asked["trust_repo"]
     assert asked["repo"] == "facebookresearch/dinov2:b8931f7bf91576930313be2c6d6af376033b35f0"
     assert not [w for w in recwarn if "xFormers" in str(w.message)]
 
@@ -157,6 +163,83 @@ def small_sasgl():
     return SASGL(dinov2=load_dinov2("tiny"), backbone=backbone, width=8, dino_size=(112, 56), code_size=(16, 8))
 
 
+def literal_look(net, frames, dropout=0.5):
+    """SASGL.look as it is usually written: the features upsampled whole, the foreground's pixels cut out by a boolean index, every
+    batch norm called on them. The modules are net's own."""
+    def norm(module, x):
+        return F.batch_norm(x, module.running_mean, module.running_var, None, None, module.training)
+
+    def linear(module, x):
+        return F.linear(x, module.weight, module.bias)
+    last, mid4 = (F.interpolate(x.permute(0, 3, 1, 2), net.code_size, mode="bilinear", align_corners=False) for x in net.features(frames))
+    N, D, h, w = last.shape
+    x, branch = last.permute(0, 2, 3, 1).reshape(-1, D), net.mask_branch
+    mask = linear(branch.down_sampling, norm(branch.bn_s, F.dropout(x, dropout, net.training))).softmax(1)
+    losses = {"mask": F.mse_loss(linear(branch.up_sampling, mask), x)}
+    mask = mask.view(N, h, w, 2).permute(0, 3, 1, 2)
+    losses["smooth_mask"] = 0.02 * smooth_loss(mask)
+    silhouette = refine_edges(choose_body(mask.detach()))
+    foreground = silhouette != 0
+    pixels, codes = mid4.permute(0, 2, 3, 1)[foreground], []    # (M, 4D)
+    first, second, _, third = net.denoising_branch.down_sampling
+    for encode in (lambda: linear(third, F.gelu(norm(second, linear(first, norm(net.denoising_branch.bn_s, pixels))))).softmax(1),
+                   lambda: norm(net.appearance_branch.bn_t, linear(net.appearance_branch.down_sampling, norm(net.appearance_branch.bn_s, pixels))).sigmoid()):
+        code = torch.zeros(N, h, w, third.out_features)
+        code[foreground] = encode()
+        codes.append(code.permute(0, 3, 1, 2))
+    losses["smooth_part"] = 0.01 * smooth_loss(codes[0][:, :-1])
+    losses["diversity"] = 5 * diversity_loss(codes[0])
+    return View(mask, silhouette, *codes, losses)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_values_gradients_and_statistics_equal_the_literal_form(training, monkeypatch):
+    monkeypatch.setattr(sasgl, "drop_half", lambda x: x)
+    net = small_sasgl()
+    for name, buffer in net.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            buffer += torch.rand_like(buffer)
+    state = {k: v.clone() for k, v in net.state_dict().items()}
+    frames = torch.randn(4, 3, 32, 16)
+    results = []
+    for look in (net.look, lambda frames: literal_look(net, frames, dropout=0)):
+        net.load_state_dict(state)
+        net.train(training).zero_grad()
+        view = look(frames)
+        weights = torch.randn(2, *view.denoising.shape, generator=torch.Generator().manual_seed(1))
+        (sum(view.losses.values()) + (weights[0] * view.denoising + weights[1] * view.appearance).sum()).backward()
+        results.append((*view[:4], view.losses, {k: p.grad for k, p in net.named_parameters() if p.grad is not None}, {k: v.clone() for k, v in net.state_dict().items()}))
+    ours, literal = results
+    assert 0.02 < (ours[1] != 0).float().mean() < 0.98 and len(ours[5]) == 10
+    for a, b in zip(ours[:6], literal[:6]):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    pixels = upsampled(net.features(frames)[1], net.code_size)[ours[1] != 0]
+    for name in ("denoising_branch.bn_s", "appearance_branch.bn_s"):    # as BatchNorm1d keeps them
+        want = torch.nn.BatchNorm1d(pixels.shape[1], affine=False).train(training)
+        want.running_mean[:], want.running_var[:] = state[f"{name}.running_mean"], state[f"{name}.running_var"]
+        want(pixels)
+        for key, value in want.state_dict().items():
+            torch.testing.assert_close(ours[6][f"{name}.{key}"], value, rtol=1e-5, atol=1e-6)
+
+
+def test_linear_is_linear_on_tokens_and_maps():
+    module = Linear(5, 7)
+    for shape in ((3, 4, 5), (2, 3, 4, 5)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(module(x), F.linear(x, module.weight, module.bias))
+        assert module(x).is_contiguous()
+
+
+def test_drop_half_drops_half_and_doubles_the_rest():
+    torch.manual_seed(0)
+    for shape in ((100, 77), (3,), (1, 64)):
+        assert set(drop_half(torch.ones(shape)).unique().tolist()) <= {0, 2} and drop_half(torch.ones(shape)).shape == shape
+    x = drop_half(torch.ones(2000, 65))
+    assert abs(x.mean() - 1) < 0.01 and (x.mean(0) - 1).abs().max() < 0.15 and (x.mean(1) - 1).abs().max() < 0.75
+    assert abs(((x[:, 1:] - 1) * (x[:, :-1] - 1)).mean()) < 0.02    # neighbours are independent
+    assert not torch.equal(drop_half(torch.ones(1000)), drop_half(torch.ones(1000)))
+
+
 def test_background_is_zero_and_statistics_are_the_foreground_s_alone():
     net = small_sasgl().train()
     frames = torch.randn(4, 3, 32, 16)
@@ -164,7 +247,7 @@ def test_background_is_zero_and_statistics_are_the_foreground_s_alone():
     outside = (view.silhouette == 0)[:, None].expand(-1, 16, -1, -1)
     assert outside.any() and not outside.all()
     assert (view.denoising[outside] == 0).all() and (view.appearance[outside] == 0).all()
-    pixels = net.features(frames)[1].permute(0, 2, 3, 1)[view.silhouette != 0]
+    pixels = upsampled(net.features(frames)[1], net.code_size)[view.silhouette != 0]
     torch.testing.assert_close(net.denoising_branch.bn_s.running_mean, 0.1 * pixels.mean(0))
 
 
