@@ -540,9 +540,9 @@ def per_channel(values, device):
     return torch.tensor(values, device=device)[:, None, None]
 
 
-def normalise(frames):
-    """uint8 (..., 3, H, W) -> float32, ImageNet mean 0 and deviation 1."""
-    mean, std = per_channel((0.485, 0.456, 0.406), frames.device), per_channel((0.229, 0.224, 0.225), frames.device)
+def normalise(frames, channels=slice(None)):
+    """uint8 (..., 3, H, W), or those of the channels that are there -> float32, ImageNet mean 0 and deviation 1."""
+    mean, std = (per_channel(values, frames.device)[channels] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     return frames.float().div_(255).sub_(mean).div_(std)
 
 
@@ -558,18 +558,16 @@ def augment(frames, modality, rng, erase=0.5):
     out = torch.empty(frames.shape, device=frames.device)
     # The release fills with these numbers after normalisation: slightly bright, not the mean. Kept.
     fill, gray = per_channel((0.4914, 0.4822, 0.4465), frames.device), per_channel((0.2989, 0.5870, 0.1140), frames.device)
-    for b, (infrared, (y, x, flipped)) in enumerate(zip(modality.tolist(), crops)):    # one tracklet after the other stays in a CPU's cache
-        crop = padded[b, :, :, y:y + H, x:x + W]
-        out[b] = normalise(crop.flip(-1) if flipped else crop)
+    for b, (infrared, (top, left, flipped)) in enumerate(zip(modality.tolist(), crops)):    # one tracklet at a time stays in a CPU's cache
         box = erased_box(H, W, rng) if rng.random() < erase else None
+        channel, mix = rng.integers(4 if infrared else 6), rng.random() < 0.5
+        used = slice(channel, channel + 1) if channel < 3 else slice(None)
+        tracklet = padded[b, :, used, top:top + H, left:left + W]
+        tracklet = normalise(tracklet.flip(-1) if flipped else tracklet, used)
         if box:
             y, x, h, w = box
-            out[b, :, :, y:y + h, x:x + w] = fill
-        channel, mix = rng.integers(4 if infrared else 6), rng.random() < 0.5
-        if channel < 3:
-            out[b] = out[b, :, channel:channel + 1].clone()
-        elif infrared and mix:
-            out[b] = (out[b] * gray).sum(1, keepdim=True)
+            tracklet[..., y:y + h, x:x + w] = fill[used]
+        out[b] = (tracklet * gray).sum(1, keepdim=True) if channel == 3 and infrared and mix else tracklet    # one channel fills all three
     return out
 
 

@@ -152,8 +152,8 @@ def rerank(distance, Q, k1=20, k2=6, weight=0.3):
     size = column[order].bincount(minlength=N)
     start = size.cumsum(0) - size
     result = torch.empty(Q, N - Q, device=device)
-    for first in range(0, Q, 32):    # few queries at a time: their pairs and rows stay in the cache
-        last = min(first + 32, Q)
+    for first in range(0, Q, 64):    # few queries at a time: their pairs and rows stay in the cache
+        last = min(first + 64, Q)
         mine = slice(*torch.searchsorted(row, torch.tensor([first, last], device=device)).tolist())    # their entries
         times = size[column[mine]]
         left = torch.repeat_interleave(times)    # (pairs,): each entry as often as the gallery has entries in its column, ...
