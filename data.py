@@ -447,7 +447,12 @@ class Frames(torch.utils.data.Dataset):
     def __getitem__(self, key):
         index, seed = key if isinstance(key, tuple) else (key, None)
         paths = self.paths(index, seed)
-        frames = self.cache.read(paths) if self.cache else torch.stack([read_frame(path, self.size) for path in paths])
+        if self.cache:
+            frames = self.cache.read(paths)
+        else:
+            frames = torch.empty(self.T, 3, *self.size, dtype=torch.uint8)
+            for frame, path in zip(frames, paths):
+                frame.copy_(read_frame(path, self.size))
         return frames, int(self.tracklets[index].modality == INFRARED), index
 
 
@@ -459,10 +464,13 @@ class Cache:
         frames = list(dict.fromkeys(f for t in tracklets for f in t.frames))
         self.path, self.shape, self.row, self.array = path, (len(frames), 3, *size), {f: i for i, f in enumerate(frames)}, None
 
-        def named(frame):
-            animated = ANIMATED.fullmatch(frame)
-            return os.path.relpath(frame, root), os.path.getsize(animated[1] if animated else frame)
-        name = hashlib.sha256(json.dumps([list(size), *map(named, frames)]).encode()).hexdigest().encode()
+        try:    # folder by folder: half a million single look-ups would take minutes on NFS
+            entries = [entry for folder in dict.fromkeys(map(os.path.dirname, frames)) for entry in os.scandir(folder)]
+            bytes_of = {entry.path: entry.stat().st_size for entry in entries}
+            named = [(os.path.relpath(frame, root), bytes_of[frame]) for frame in frames]
+        except (OSError, KeyError) as error:
+            raise UserError(f"the training frames changed while --cache was made ({error}); start again") from None
+        name = hashlib.sha256(json.dumps([list(size), *named]).encode()).hexdigest().encode()
 
         def write(file):
             file.write(name)
@@ -535,15 +543,16 @@ class IdentitySampler:
 # ----------------------------------------------------------- augmentation ----
 
 @functools.lru_cache
-def per_channel(values, device):
-    """Numbers of the three channels as a tensor (3, 1, 1), made once: making one on a GPU waits for the GPU."""
-    return torch.tensor(values, device=device)[:, None, None]
+def constant(values, device):
+    """Numbers (nested tuples) as a tensor, made once for each device: making one on a GPU waits for the GPU."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device)
 
 
 def normalise(frames, channels=slice(None)):
     """uint8 (..., 3, H, W), or those of the channels that are there -> float32, ImageNet mean 0 and deviation 1."""
-    mean, std = (per_channel(values, frames.device)[channels] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    return frames.float().div_(255).sub_(mean).div_(std)
+    mean, std = (constant(values, frames.device)[channels, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    return (frames / 255).sub_(mean).div_(std)
 
 
 def augment(frames, modality, rng, erase=0.5):
@@ -557,7 +566,7 @@ def augment(frames, modality, rng, erase=0.5):
     crops = [(*rng.integers(2 * pad + 1, size=2), rng.random() < 0.5) for _ in range(B)]
     out = torch.empty(frames.shape, device=frames.device)
     # The release fills with these numbers after normalisation: slightly bright, not the mean. Kept.
-    fill, gray = per_channel((0.4914, 0.4822, 0.4465), frames.device), per_channel((0.2989, 0.5870, 0.1140), frames.device)
+    fill, gray = (constant(values, frames.device)[:, None, None] for values in ((0.4914, 0.4822, 0.4465), (0.2989, 0.5870, 0.1140)))
     for b, (infrared, (top, left, flipped)) in enumerate(zip(modality.tolist(), crops)):    # one tracklet at a time stays in a CPU's cache
         box = erased_box(H, W, rng) if rng.random() < erase else None
         channel, mix = rng.integers(4 if infrared else 6), rng.random() < 0.5

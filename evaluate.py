@@ -22,6 +22,7 @@ import math
 import os
 import tempfile
 import time
+from datetime import timedelta
 from types import SimpleNamespace
 
 import numpy as np
@@ -254,7 +255,7 @@ def choose_device(name):
     if together and processes()[1] == 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))    # one may download or make a cache meanwhile
     return device
 
 

@@ -395,7 +395,7 @@ class LSMRL(nn.Module):
 
     def forward(self, frames, modality, label):
         """Training step: -> named losses (weighted: the total is their sum), and what the progress bar shows."""
-        t, modality = None, modality.to(label.device)
+        t, modality = None, modality.to(label.device, non_blocking=True)
         if self.sd is not None or self.weights["text"]:
             t = self.text_features().float()
             self.bank.copy_(t.detach())

@@ -174,9 +174,9 @@ class DinoGRL(nn.Module):
         B, T = frames.shape[:2]
         order = modality.argsort(stable=True)    # visible tracklets first, each through its own stem
         visible = T * (modality == 0).sum().item()    # a GPU need not be waited for where modality lies on the CPU
-        sorted_frames = frames[order.to(frames.device)].flatten(0, 1).contiguous(memory_format=torch.channels_last)    # convolutions like it
+        sorted_frames = frames[order.to(frames.device, non_blocking=True)].flatten(0, 1).contiguous(memory_format=torch.channels_last)    # convolutions like it
         maps = torch.cat([self.visible_stem(sorted_frames[:visible]), self.infrared_stem(sorted_frames[visible:])])
-        appearance = self.appearance_parts(self.backbone(maps).unflatten(0, (B, T)))[order.argsort().to(frames.device)]
+        appearance = self.appearance_parts(self.backbone(maps).unflatten(0, (B, T)))[order.argsort().to(frames.device, non_blocking=True)]
         if self.sasgl is None:
             return {"appearance": appearance}, None
         gait_maps, view = self.sasgl(frames)

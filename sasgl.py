@@ -32,7 +32,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from data import UserError, processes
+from data import UserError, constant, processes
 
 # --------------------------------------------------------------- weights ----
 
@@ -206,7 +206,7 @@ def load_dinov2(name, weights=None, pretrained=True):
         raise UserError("--dinov2 tiny is random and reads no weights; drop --dinov2-weights, or name the model the "
                         "file belongs to, such as --dinov2 dinov2_vits14")
     with torch.random.fork_rng(devices=[]):    # `tiny` is the same network in every run, as a pre-trained one would be
-        torch.manual_seed(TINY_SEED)
+        torch.default_generator.manual_seed(TINY_SEED)    # not the GPUs': nobody would set them back
         dinov2 = DinoVisionTransformer(dim=dim, depth=depth, heads=heads, registers=registers)
     if weights and pretrained:
         fill(dinov2, read_tensors(weights), f"{weights} (as {name})")
@@ -251,7 +251,7 @@ def smooth_loss(maps):
     On the mask, whose two channels sum to 1, this is the constant of the image's border and has no gradient. (The release
     reads pixel-major memory as channel-major there, so its term does have one, though not the intended one.)"""
     N, C, H, W = maps.shape
-    sobel = maps.new_tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
+    sobel = constant(((1.0, 0.0, -1.0), (2.0, 0.0, -2.0), (1.0, 0.0, -1.0)), maps.device).to(maps.dtype)
     edges = F.conv2d(maps.sum(1, keepdim=True), torch.stack([sobel, sobel.t()])[:, None], padding=1)
     return edges.abs().sum() / (N * C * H * W)
 
@@ -294,10 +294,16 @@ def foreground_statistics(maps, foreground):
     """maps (N, h, w, C), foreground (N, H, W) -> number of its pixels (1,), mean and variance (C,) of the maps, upsampled to (H, W), over
     the foreground of all processes: what a batch norm that is given those pixels alone would compute."""
     C, coarse = maps.shape[3], maps.shape[1:3] != foreground.shape[1:]
-    centre, sums = maps.float().mean((0, 1, 2)) if coarse else 0, 0    # a Linear's output lies near zero already: squares lose no digits
+    centre, sums, piece = 0, 0, len(maps)
+    if coarse:
+        piece = 16 if maps.is_cuda else 1    # frames that are upsampled at a time: one stays in a CPU's cache
+        centre = maps.float().mean((0, 1, 2))    # or squares would lose digits; a Linear's output lies near zero already
+        if processes()[1] > 1:    # the same for all
+            dist.all_reduce(centre)
+            centre /= processes()[1]
     with torch.autocast(maps.device.type, enabled=False):
-        for piece, weight in zip(maps.split(1 if coarse else len(maps)), foreground.float().split(1 if coarse else len(maps))):
-            if coarse:    # one frame at a time: it stays in a CPU's cache
+        for piece, weight in zip(maps.split(piece), foreground.float().split(piece)):
+            if coarse:
                 piece = upsampled(piece.float() - centre, foreground.shape[1:])
             pixels, weight = piece.float().flatten(0, 2), weight.flatten()
             sums = sums + torch.cat([weight.sum()[None], weight @ pixels, weight @ pixels.square()])
@@ -518,6 +524,6 @@ class SASGL(nn.Module):
         if self.training:    # neither code may be relied on alone: for a fifth of the tracklets one of them is blanked
             keep = torch.ones(2, B)
             keep[torch.randint(2, (B,)), torch.arange(B)] = (torch.randperm(B) >= round(0.2 * B)).float()
-            keep = keep.to(frames.device).repeat_interleave(T, dim=1)[:, :, None, None, None]
+            keep = keep.to(frames.device, non_blocking=True).repeat_interleave(T, dim=1)[:, :, None, None, None]
             denoising, appearance = denoising * keep[0], appearance * keep[1]
         return self.gait_net(denoising, appearance).unflatten(0, (B, T)), view

@@ -276,7 +276,7 @@ def forward_backward(model, frames, modality, label, accumulate=1, autocast=null
 
     frames (B, T, 3, H, W), modality and label (B,); model may be a DistributedDataParallel. accumulate > 1: the batch goes through the
     network in that many chunks of whole identities, twice (see data.Chunks; as GradCache, Gao et al. 2021), so that losses which compare
-    tracklets compare them all; only batch norms inside the network see their chunk alone. [ours]"""
+    tracklets compare them all; batch norms inside the network and SASGL's blanking of codes see their chunk alone. [ours]"""
     def backward(chunk):
         with autocast():
             losses, shown = model(frames[chunk], modality[chunk], label[chunk])
@@ -287,8 +287,9 @@ def forward_backward(model, frames, modality, label, accumulate=1, autocast=null
 
     net, device = getattr(model, "module", model), frames.device
     heads = torch.nn.ModuleList(part for name, part in net.named_children() if name.endswith(("head", "heads")))    # these see the whole batch
-    place = {pid: i for i, pid in enumerate(dict.fromkeys(label.tolist()))}
-    place = torch.tensor([place[pid] * accumulate // len(place) for pid in label.tolist()])
+    pids = label.tolist()
+    order = {pid: i for i, pid in enumerate(dict.fromkeys(pids))}
+    place = torch.tensor([order[pid] * accumulate // len(order) for pid in pids])
     chunks = [(place == a).nonzero()[:, 0] for a in range(accumulate)]
     Chunks.step, states, results = Chunks(accumulate), [], []
     try:
@@ -314,7 +315,7 @@ def keep_memory():
     """Asks glibc to keep freed memory for the next step: handing 100 MB back and forth costs a CPU run a fifth of its time."""
     try:
         libc = ctypes.CDLL(None)
-        for parameter, value in ((-3, 2 ** 30), (-1, 2 ** 31 - 1), (-2, 2 ** 28)):    # mmap threshold, trim threshold, top pad
+        for parameter, value in ((-3, 2 ** 31 - 1), (-1, 2 ** 31 - 1), (-2, 2 ** 28)):    # mmap threshold, trim threshold, top pad
             libc.mallopt(parameter, value)
     except (OSError, AttributeError, TypeError):    # another C library: only slower
         pass
@@ -326,7 +327,7 @@ def main():
     keep_memory()
     device = choose_device(config.device)
     rank, world = processes()
-    if config.identities % (config.accumulate * world):
+    if config.accumulate > 1 and config.identities % (config.accumulate * world):
         raise UserError(f"--accumulate {config.accumulate} chunks in each of {world} processes of --identities {config.identities}; expected chunks of whole "
                         "identities: raise --identities or lower --accumulate")
     precision = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(config.precision, config.precision)
@@ -347,9 +348,10 @@ def main():
     cache = None
     if config.cache:
         make = partial(Cache, config.cache, dataset.train, size=config.size, root=dataset.root, workers=config.workers)
-        cache = make() if rank == 0 else None
+        first_here = world == 1 or os.environ["LOCAL_RANK"] == "0"
+        cache = make() if first_here else None
         if world > 1:
-            dist.barrier()    # the first process makes it where there is none
+            dist.barrier()    # the first process of a machine makes it where there is none
         cache = cache or make()
     loader = torch.utils.data.DataLoader(Frames(dataset.train, size=config.size, T=config.frames, cache=cache), batch_sampler=sampler,
                                          num_workers=config.workers, pin_memory=device.type == "cuda",
@@ -379,6 +381,8 @@ def main():
                             "was trained on: check --data")
         fill(model, checkpoint["model"], f"{run} (with these options)")
         try:
+            for group in checkpoint["optimizer"]["param_groups"]:
+                group["fused"] = device.type == "cuda"    # the run may have been another device's
             optimizer.load_state_dict(checkpoint["optimizer"])
             scheduler.load_state_dict(checkpoint["scheduler"])
             if checkpoint["scaler"] and scaler.is_enabled():
@@ -416,11 +420,11 @@ def main():
             module.compile()
     parallel = model
     if world > 1:
-        if device.type == "cuda":    # torch has no synchronised batch norm for CPUs: there each process normalises its share
+        if device.type == "cuda":    # torch has no synchronised batch norm for CPUs: there each process normalises its share (but for ForegroundNorm)
             for name, module in model.named_children():
                 if not name.endswith(("head", "heads")):    # these see the gathered batch already
                     setattr(model, name, torch.nn.SyncBatchNorm.convert_sync_batchnorm(module))
-        parallel = DistributedDataParallel(model, [device] if device.type == "cuda" else None, find_unused_parameters=True)    # by an ablation, say
+        parallel = DistributedDataParallel(model, find_unused_parameters=True)    # by an ablation, say; no device_ids: modality stays on the CPU
 
     def save(epoch, step=0, sums={}):
         """Everything that going on exactly needs: `epoch` whole epochs and `step` steps of the next are done."""
@@ -460,7 +464,7 @@ def main():
         for step, (frames, modality, index) in enumerate(bar, first_step):
             frames = augment(frames.to(device, non_blocking=True), modality,
                              np.random.default_rng([config.seed, epoch, step, rank]), config.erase)
-            label = label_of_tracklet[index].to(device)
+            label = label_of_tracklet[index].to(device, non_blocking=True)
             optimizer.zero_grad()
             losses, shown = forward_backward(parallel, frames, modality, label, config.accumulate, autocast, scaler.scale)
             scaler.step(optimizer)

@@ -31,6 +31,23 @@ def torchvision_resnet50():
     return tensors
 
 
+def test_batch_norms_folded_at_test_change_nothing():
+    model = small_model()
+    for buffer in model.buffers():
+        if buffer.dtype == torch.float32:
+            buffer += torch.rand_like(buffer)
+    for name, parameter in model.named_parameters():
+        if ".bn" in name:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    model.eval()
+    frames, modality = torch.randn(3, 2, 3, 64, 32), torch.tensor([0, 1, 1])
+    with torch.no_grad():
+        folded = model.embed(frames, modality)
+    plain = model.embed(frames, modality).detach()    # where a gradient may be asked for, every batch norm is called
+    assert not torch.equal(folded, plain)    # two routes indeed
+    torch.testing.assert_close(folded, plain, rtol=1e-3, atol=1e-4 * plain.abs().max().item())
+
+
 def test_embedding_does_not_depend_on_the_batch_or_its_order():
     model = small_model().eval()
     frames, modality = torch.randn(5, 2, 3, 64, 32), torch.tensor([1, 0, 1, 1, 0])
