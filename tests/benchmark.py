@@ -308,7 +308,7 @@ def child(part, variant, tracklets, frames, precision):
 
     def step():
         optimizer.zero_grad()
-        train.forward_backward(net, x, modality, label, accumulate=2 if "accumulated" in variant else 1, autocast=autocast, scale=scaler.scale)
+        train.forward_backward(net, x, modality, label, autocast=autocast, scale=scaler.scale)
         scaler.step(optimizer)
         scaler.update()
 
@@ -339,6 +339,7 @@ def child(part, variant, tracklets, frames, precision):
     with FlopCounterMode(display=False) as counter:
         work()
     if part == "memory":
+        work()    # only now Adam's moments lie beside the activations
         return {"peak": peak()}
     return {**(results if part == "silhouettes" else {}), "flop": counter.get_total_flops(), "seconds": median(work), "peak": peak()}
 
@@ -380,13 +381,13 @@ def network(part, words, tracklets, frames, variants=("ours",), growing=()):
 
 
 def memory(few, many, frames=6):
-    """Training memory: the peak of a bfloat16 step at two batches, on a CPU of the whole process, its floor and its slope."""
-    for variant in "", "recomputed", "accumulated", "recomputed-accumulated":
-        peaks = [in_child("memory", f"ours-{variant}", n, frames, "bfloat16", MALLOC_MMAP_THRESHOLD_="65536")["peak"] / 1024 for n in (few, many)]    # freed is given back
+    """Training memory: the peak of a bfloat16 step at two batches, on a CPU of the whole process: what each tracklet takes, and what is left.
+    (--accumulate N divides the former by N.)"""
+    for variant, options in ("ours", ""), ("recomputed", ", --checkpoint-activations on"):
+        peaks = [in_child("memory", variant, n, frames, "bfloat16", MALLOC_MMAP_THRESHOLD_="65536")["peak"] / 1024 for n in (few, many)]    # freed is given back
         each = (peaks[1] - peaks[0]) / (many - few)
         fixed = peaks[0] - few * each
-        options = " ".join(f"--{ {'recomputed': 'checkpoint-activations on', 'accumulated': 'accumulate 2'}[word]}" for word in variant.split("-") if word)
-        print_row("memory", f"of a step, bfloat16, {frames} frames a tracklet {options}", f"{each:.2f} GB", "each tracklet", "")
+        print_row("memory", f"of a step, bfloat16, {frames} frames a tracklet{options}", f"{each:.2f} GB", "each tracklet")
         note(f"and {fixed:.1f} GB; the largest batch for " + ", ".join(f"{gpu} GB: {max(0, int((0.95 * gpu - fixed) / each))}" for gpu in (12, 24, 80)) + " tracklets")
 
 
