@@ -57,7 +57,7 @@ CLIP_URL = f"https://openaipublic.azureedge.net/clip/models/{CLIP_SHA256}/ViT-B-
 
 class Attention(nn.Module):
     """Multi-head attention with CLIP's tensor names. x (N, L, D), context (N, M, D), x itself by default -> (N, L, D)."""
-    recomputable = compilable = True    # train.recompute, train.py --compile
+    recomputable = True    # train.recompute
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -78,7 +78,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    recomputable = compilable = True    # train.recompute, train.py --compile
+    recomputable = True    # train.recompute
 
     def __init__(self, dim):
         super().__init__()

@@ -68,7 +68,6 @@ class Stem(nn.Module):
 
 class Stages(nn.Module):
     """layer1..layer4 of a ResNet with torchvision's tensor names: (N, width, H, W) -> (N, 32 * width, h, w)."""
-    compilable = True    # train.py --compile
 
     def __init__(self, *, width, blocks, strides):
         super().__init__()

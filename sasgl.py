@@ -126,8 +126,6 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    compilable = True    # train.py --compile
-
     def __init__(self, dim, heads):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)

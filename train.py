@@ -72,7 +72,6 @@ class Config:
     precision: str = option("auto", "auto, bfloat16, float16 (with loss scaling), float32; auto: bfloat16 on CUDA, else float32")
     checkpoint_activations: bool = option(False, "compute activations again in the backward pass: far less memory, a quarter more time, the same results")
     accumulate: int = option(1, "cut a step into this many chunks of identities, with the full batch's loss: less memory, a third more time", 1)
-    compile: bool = option(False, "torch.compile the ResNets and transformers: a minute or more of warm-up, worth it for long runs")
     # data
     size: tuple = option((256, 128), "height and width of the frames; the height is cut into 16 strips after 16-fold reduction", 1)
     erase: float = option(0.5, "probability of random erasing; lower it for short runs, which underfit", 0)
@@ -415,9 +414,6 @@ def main():
         warm_up(model, loader, sampler, config, device)
     if config.checkpoint_activations:
         recompute(model)
-    for module in model.modules() if config.compile else ():
-        if getattr(module, "compilable", False):
-            module.compile()
     parallel = model
     if world > 1:
         if device.type == "cuda":    # torch has no synchronised batch norm for CPUs: there each process normalises its share (but for ForegroundNorm)

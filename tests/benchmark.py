@@ -294,12 +294,8 @@ def child(part, variant, tracklets, frames, precision):
     net = dinogrl.DinoGRL(classes=500, dinov2=sasgl.load_dinov2("dinov2_vits14", pretrained=False)).to(DEVICE).train()
     if variant == "plain":
         plain_model(net)
-    if "recomputed" in variant:
+    if variant == "recomputed":
         train.recompute(net)
-    if "compiled" in variant:
-        for module in net.modules():
-            if getattr(module, "compilable", False):
-                module.compile()
     autocast = partial(torch.autocast, DEVICE.type, getattr(torch, precision), enabled=precision != "float32")
     x = torch.randn(B, frames, 3, 256, 128, device=DEVICE)
     modality, label = torch.arange(B) // (B // 2), (torch.arange(B) % (B // 2) // 2).to(DEVICE)
