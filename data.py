@@ -72,6 +72,9 @@ def cli(main):
         if processes()[0] == 0:
             tqdm.write(str(stop) or "interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        if dist.is_available() and dist.is_torchelastic_launched():
+            time.sleep(0.2)    # gloo's thread lets go of its last tensor a moment after its work is done, and aborts an interpreter that ends meanwhile
 
 
 def take_turn():

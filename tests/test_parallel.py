@@ -16,7 +16,7 @@ import sys
 import torch
 from torch.nn.parallel import DistributedDataParallel
 import lsmrl, model, train
-from data import processes
+from data import cli, processes
 from evaluate import choose_device
 from sasgl import foreground_statistics
 
@@ -49,6 +49,7 @@ for method, module in ("lsmrl", lsmrl), ("dinogrl", model):
 maps, foreground = torch.randn(4, 4, 2, 5) + 10 * torch.arange(4)[:, None, None, None], torch.rand(4, 8, 4) < torch.arange(1, 5)[:, None, None] / 5
 results["statistics"] = foreground_statistics(maps[rank::world], foreground[rank::world])
 torch.save(results, f"{sys.argv[1]}-{world}-{rank}.pt")
+cli(lambda: None)
 """
 
 
@@ -91,8 +92,8 @@ def test_the_identities_of_a_step_are_shared():
 
 def test_a_run_of_two_processes_is_logged_saved_resumed_and_evaluated_once(walkers, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    (tmp_path / "runs.py").write_text("import json, sys, train\n"    # one start of torchrun for three runs
-                                      "for line in json.loads(sys.argv[1]):\n    sys.argv = ['train.py', *line]\n    train.main()\n")
+    (tmp_path / "runs.py").write_text("import json, sys, train\ndef main():\n"    # one start of torchrun for three runs
+                                      "    for line in json.loads(sys.argv[1]):\n        sys.argv = ['train.py', *line]\n        train.main()\ntrain.cli(main)\n")
     result = torchrun(tmp_path / "runs.py", json.dumps([["--data", str(walkers), "--run", str(whole), *TINY, "--epochs", "2"],
                                                         ["--data", str(walkers), "--run", str(parts), *TINY], ["--resume", str(parts), "--epochs", "2"]]))
     assert result.returncode == 0, result.stderr
