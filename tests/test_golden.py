@@ -6,7 +6,6 @@ import pytest
 import torch
 
 
-
 from ranking import distances
 from golden import formula, official_keys
 from model import identity_loss, load_official, triplet_loss

@@ -2,7 +2,7 @@
 import json
 import re
 
-from test_scripts import ROOT, TINY, TINY_LSMRL, run
+from test_scripts import ROOT, TINY, TINY_LSMRL, run, together
 
 README = (ROOT / "README.md").read_text()
 
@@ -26,11 +26,15 @@ def test_files_and_functions_it_names_exist():
 
 def test_the_worked_examples_run(walkers, tmp_path):
     examples = re.findall(r"```python\n(.*?)```", README, re.S)
-    for example, tiny, losses in zip(examples, (TINY, TINY_LSMRL[2:]), ({"centres_gait", "centres_appearance"}, {"contrast"}), strict=True):
-        assert len(example.splitlines()) <= 30
-        (tmp_path / "my_idea.py").write_text(example)
+
+    def follow(example):
+        text, tiny, losses = example
+        assert len(text.splitlines()) <= 30
         folder = tmp_path / min(losses)
-        result = run(tmp_path / "my_idea.py", "--method", "mine", "--data", walkers, "--run", folder, *tiny, env={"PYTHONPATH": str(ROOT)})
+        (tmp_path / f"{folder.name}.py").write_text(text)
+        result = run(tmp_path / f"{folder.name}.py", "--method", "mine", "--data", walkers, "--run", folder, *tiny, env={"PYTHONPATH": str(ROOT)})
         assert result.returncode == 0, result.stderr
         line = json.loads((folder / "log.jsonl").read_text().splitlines()[0])
         assert all(line[loss] > 0 for loss in losses)
+
+    together(follow, *zip(examples, (TINY, TINY_LSMRL[2:]), ({"centres_gait", "centres_appearance"}, {"contrast"}), strict=True))
