@@ -406,7 +406,11 @@ def picture(image, size):
         image = Image.fromarray(((deep - deep.min()) * (255 / max(np.ptp(deep), 1e-6))).astype(np.uint8))
     if "transparency" in image.info:
         image = image.convert("RGBA")    # or pillow warns
-    return torch.from_numpy(np.array(image.convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR))).permute(2, 0, 1)
+    if image.mode != "RGB":    # pillow would make a copy
+        image = image.convert("RGB")
+    if image.size != tuple(size[::-1]):
+        image = image.resize(size[::-1], Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 @functools.lru_cache(maxsize=1)

@@ -15,9 +15,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import lru_cache, partial, partialmethod
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -28,7 +29,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import data    # noqa: E402
 import model as dinogrl    # noqa: E402
+import ranking    # noqa: E402
 import sasgl    # noqa: E402
 import train    # noqa: E402
 from data import INFRARED, VISIBLE, Cache, Frames, Tracklet, augment, erased_box, frame_indices    # noqa: E402
@@ -54,8 +57,10 @@ def seconds_of(function):
     return start.elapsed_time(end) / 1000
 
 
-def median(function, runs=3):
-    function()
+def median(function, runs=3, warm=False):
+    """warm: the first run, which does not count, is done."""
+    if not warm:
+        function()
     return sorted(seconds_of(function) for _ in range(runs))[runs // 2]
 
 
@@ -77,7 +82,7 @@ def note(words):
 def compare(part, work, ours, usual, same, runs=3):
     """Both once, to see that they agree; then the medians and their ratio."""
     same(ours(), usual())
-    fast, slow = median(ours, runs), median(usual, runs)
+    fast, slow = median(ours, runs, warm=True), median(usual, runs, warm=True)
     print_row(part, work, f"{fast:.3g} s", f"plain {slow:.3g} s", f"{slow / fast:.1f} x")
 
 
@@ -285,61 +290,70 @@ def plain_model(net):
     dinogrl.conv_norm = sasgl.conv_norm = lambda x, conv, bn: bn(conv(x))
 
 
-def child(part, variant, tracklets, frames, precision):
-    """Prints a JSON of what one process measures: seconds, peak memory in MB, TFLOP."""
-    if variant != "plain" and part != "memory":
+def child(parts, variant, tracklets, frames, precision):
+    """-> {part: seconds, FLOP, peak memory in MB so far} of what one process measures, the parts one after the other."""
+    if variant != "plain" and parts != "memory":
         train.keep_memory()
     torch.manual_seed(0)
     B, N = tracklets, tracklets * frames
-    net = dinogrl.DinoGRL(classes=500, dinov2=sasgl.load_dinov2("dinov2_vits14", pretrained=False)).to(DEVICE).train()
+    net = dinogrl.DinoGRL(classes=500, dinov2=sasgl.load_dinov2("dinov2_vits14", pretrained=False)).to(DEVICE)
     if variant == "plain":
         plain_model(net)
     if variant == "recomputed":
         train.recompute(net)
     autocast = partial(torch.autocast, DEVICE.type, getattr(torch, precision), enabled=precision != "float32")
     x = torch.randn(B, frames, 3, 256, 128, device=DEVICE)
-    modality, label = torch.arange(B) // (B // 2), (torch.arange(B) % (B // 2) // 2).to(DEVICE)
-    optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], fused=DEVICE.type == "cuda" and variant != "plain")
+    modality, label = torch.arange(B) // (B // 2), (torch.arange(B) % (B // 2)).to(DEVICE)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=precision == "float16")
 
-    def step():
+    def step(optimizer):
         optimizer.zero_grad()
-        train.forward_backward(net, x, modality, label, autocast=autocast, scale=scaler.scale)
+        train.forward_backward(net.train(), x, modality, label, 2 if variant == "chunks" else 1, autocast, scaler.scale)
         scaler.step(optimizer)
         scaler.update()
 
     @torch.no_grad()
-    def embed():
+    def embedding():
         with autocast():
             net.eval().embed(x, modality)
-    if part == "silhouettes":    # DINOv2 sees a body: about a third of the frame is foreground
-        y, across = torch.meshgrid(torch.linspace(-1, 1, 32), torch.linspace(-1, 1, 16), indexing="ij")
-        body = ((across / 0.55) ** 2 + (y / 0.85) ** 2 < 1).float().reshape(1, 512, 1).to(DEVICE)
-        layers = [torch.randn(N, 512, 384, device=DEVICE) + 3 * body * torch.randn(384, device=DEVICE) for _ in range(4)]
-        net.sasgl.dinov2.get_intermediate_layers = lambda *_, **__: layers
-        towards = (layers[-1] * body).mean((0, 1))
-        net.sasgl.mask_branch.down_sampling.weight.data = torch.stack([2 * towards, -2 * towards])
 
-        def silhouettes():
-            with autocast():
-                view = net.sasgl.look(x.flatten(0, 1))
-                loss = sum(view.losses.values()) + view.appearance.square().mean()
-            loss.backward()
-            return view.silhouette
-        results = {"foreground": silhouettes().bool().float().mean().item()}
-        if DEVICE.type == "cuda" and variant != "plain":
-            torch.cuda.set_sync_debug_mode("error")
-            silhouettes()
-            torch.cuda.set_sync_debug_mode("default")
-    work = {"silhouettes": lambda: silhouettes(), "embedding": embed}.get(part, step)
-    with FlopCounterMode(display=False) as counter:
-        work()
-    if part == "memory":
-        work()    # only now Adam's moments lie beside the activations
-        return {"peak": peak()}
-    return {**(results if part == "silhouettes" else {}), "flop": counter.get_total_flops(), "seconds": median(work), "peak": peak()}
+    def silhouettes(layers):
+        with patch.object(net.sasgl.dinov2, "get_intermediate_layers", lambda *_, **__: layers), autocast():
+            view = net.train().sasgl.look(x.flatten(0, 1))
+            loss = sum(view.losses.values()) + view.appearance.square().mean()
+        loss.backward()
+        return view.silhouette
+
+    results = {}
+    for part in parts.split(","):
+        result = results[part] = {}
+        if part == "embedding":
+            work = embedding
+        elif part == "silhouettes":    # DINOv2 sees a body: about a third of the frame is foreground
+            y, across = torch.meshgrid(torch.linspace(-1, 1, 32), torch.linspace(-1, 1, 16), indexing="ij")
+            body = ((across / 0.55) ** 2 + (y / 0.85) ** 2 < 1).float().reshape(1, 512, 1).to(DEVICE)
+            layers = [torch.randn(N, 512, 384, device=DEVICE) + 3 * body * torch.randn(384, device=DEVICE) for _ in range(4)]
+            towards = (layers[-1] * body).mean((0, 1))
+            net.sasgl.mask_branch.down_sampling.weight.data = torch.stack([2 * towards, -2 * towards])
+            work = partial(silhouettes, layers)
+            result["foreground"] = work().bool().float().mean().item()
+            if DEVICE.type == "cuda" and variant != "plain":
+                torch.cuda.set_sync_debug_mode("error")
+                work()
+                torch.cuda.set_sync_debug_mode("default")
+        else:
+            work = partial(step, torch.optim.Adam([p for p in net.parameters() if p.requires_grad], fused=DEVICE.type == "cuda" and variant != "plain"))
+        with FlopCounterMode(display=False) as counter:
+            work()
+        if part == "memory":
+            work()    # only now Adam's moments lie beside the activations
+        else:
+            result.update(flop=counter.get_total_flops(), seconds=median(work, warm=True))
+        result["peak"] = peak()
+    return results
 
 
+@lru_cache
 def in_child(*arguments, **environment):
     command = [sys.executable, __file__, "--child", *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
@@ -357,61 +371,67 @@ def matrix_rate(dtype):
         return 2 * n ** 3 / min(median(lambda: module(x), 5), median(lambda: F.linear(x, module.weight, module.bias), 5))
 
 
-def network(part, words, tracklets, frames, variants=("ours",), growing=()):
-    """variants: of ours, each compared with plain; "bfloat16" in one is its precision."""
+OPTIONS = {"recomputed": ", --checkpoint-activations on", "chunks": ", --accumulate 2"}    # of a variant
+
+
+def network(part, words, tracklets, frames, variants=("ours",), growing=(), beside=""):
+    """variants: of ours, each compared with plain; "bfloat16" in one is its precision. beside: all parts that one process measures."""
+    measured = lambda *arguments: in_child(beside or part, *arguments)[part]
     own, plain_precision = ("bfloat16", "float16") if DEVICE.type == "cuda" and part != "embedding" else ("float32", "float32")
-    plain = in_child(part, "plain", tracklets, frames, plain_precision)
+    plain = measured("plain", tracklets, frames, plain_precision)
     N = tracklets * frames
     for variant in variants:
         precision = "bfloat16" if "bfloat16" in variant else own
-        r = in_child(part, variant, tracklets, frames, precision)
-        print_row(part, f"{words}{variant.replace('ours', '')}, {tracklets} tracklets of {frames} frames, {precision}", f"{r['seconds']:.3g} s",
+        r = measured(variant, tracklets, frames, precision)
+        print_row(part, f"{words}{OPTIONS.get(variant, '')}, {tracklets} tracklets of {frames} frames, {precision}", f"{r['seconds']:.3g} s",
                   f"plain {plain['seconds']:.3g} s", f"{plain['seconds'] / r['seconds']:.2f} x")
         rate = matrix_rate(getattr(torch, precision))
         note(f"{N / r['seconds']:.1f} frames/s, {r['flop'] / 1e12:.3g} TFLOP at {r['flop'] / r['seconds'] / 1e12:.3g} TFLOP/s, {r['flop'] / r['seconds'] / rate:.0%} of a matrix "
              f"product's {rate / 1e12:.3g}; peak {r['peak'] / 1024:.1f} GB (plain {plain['peak'] / 1024:.1f} GB, {plain['flop'] / 1e12:.3g} TFLOP)"
              + (f"; foreground {r['foreground']:.0%}" if "foreground" in r else ""))
     if growing:
-        times = [in_child(part, "ours", n, frames, own)["seconds"] for n in growing]
+        times = [measured("ours", n, frames, own)["seconds"] for n in growing]
         note(f"tracklets doubled twice ({', '.join(map(str, growing))}): " + " and ".join(f"{b / a:.2f}" for a, b in zip(times, times[1:])) + " times the time")
 
 
 def memory(few, many, frames=6):
     """Training memory: the peak of a bfloat16 step at two batches, on a CPU of the whole process: what each tracklet takes, and what is left.
     (--accumulate N divides the former by N.)"""
-    for variant, options in ("ours", ""), ("recomputed", ", --checkpoint-activations on"):
-        peaks = [in_child("memory", variant, n, frames, "bfloat16", MALLOC_MMAP_THRESHOLD_="65536")["peak"] / 1024 for n in (few, many)]    # freed is given back
+    for variant in "ours", "recomputed":
+        peaks = [in_child("memory", variant, n, frames, "bfloat16", MALLOC_MMAP_THRESHOLD_="65536")["memory"]["peak"] / 1024 for n in (few, many)]    # freed is given back
         each = (peaks[1] - peaks[0]) / (many - few)
         fixed = peaks[0] - few * each
-        print_row("memory", f"of a step, bfloat16, {frames} frames a tracklet{options}", f"{each:.2f} GB", "each tracklet")
+        print_row("memory", f"of a step, bfloat16, {frames} frames a tracklet{OPTIONS.get(variant, '')}", f"{each:.2f} GB", "each tracklet")
         note(f"and {fixed:.1f} GB; the largest batch for " + ", ".join(f"{gpu} GB: {max(0, int((0.95 * gpu - fixed) / each))}" for gpu in (12, 24, 80)) + " tracklets")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="a tenth of the work, under a minute")
-    parser.add_argument("--child", nargs=5, metavar=("PART", "VARIANT", "TRACKLETS", "FRAMES", "PRECISION"), help="used by the benchmark itself")
+    parser.add_argument("--child", nargs=5, metavar=("PARTS", "VARIANT", "TRACKLETS", "FRAMES", "PRECISION"), help="used by the benchmark itself")
     args = parser.parse_args()
     if args.child:
-        part, variant, tracklets, frames, precision = args.child
-        print(json.dumps(child(part, variant, int(tracklets), int(frames), precision)))
+        parts, variant, tracklets, frames, precision = args.child
+        print(json.dumps(child(parts, variant, int(tracklets), int(frames), precision)))
         sys.exit()
     small = 10 if args.quick else 1
-    tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+    data.tqdm = ranking.tqdm = lambda *arguments, **options: tqdm(*arguments, **{**options, "disable": True})
     print(f"torch {torch.__version__}, {DEVICE if DEVICE.type == 'cpu' else torch.cuda.get_device_name()}, {torch.get_num_threads()} threads")
     print_row("part", "work", "time", "reference", "ratio")
     search(100_000 // small, 1, 1280, "LSMRL")    # first: the memory it states is the largest so far
-    search(100_000 // small, 70, 256, "DinoGRL")
+    search(100_000 // small // min(small, 4), 70, 256, "DinoGRL")
     distance_matrix(5159 // min(small, 3), 5643 // min(small, 3))    # much less, and starting two threads is what one would time
     scoring(5159 // small, 5643 // small, 427)
     reranking(2000 // small, 2000 // small)
     if small == 1:
         reranking(5159, 5643, reference=False)    # HITSZ-VCM's size
-    fusion(32 if small == 1 else 4)
+    fusion(2 if args.quick else 32)
     loading(10 // min(small, 5))
-    B, T = (4, 1) if args.quick else (32, 6) if DEVICE.type == "cuda" else (4, 6)    # a step of 32 takes a CPU of two cores a minute and 28 GB
-    network("silhouettes", "SASGL without DINOv2 and gait net, step", 4 if args.quick else 32, T)
-    network("step", "training step, paper preset", B, T, ["ours"] if args.quick or DEVICE.type == "cuda" else ["ours", "ours-bfloat16"], () if args.quick else (B // 2, B, 2 * B))
-    network("embedding", "paper preset", B, T)    # evaluate.py knows float32 alone
+    B, T = (2, 1) if args.quick else (32, 6) if DEVICE.type == "cuda" else (4, 6)    # a step of 32 takes a CPU of two cores a minute and 28 GB
+    variants = ["ours", *["ours-bfloat16"] * (DEVICE.type == "cpu"), "recomputed", "chunks"]
+    network_ = partial(network, frames=T, beside="embedding,silhouettes,step" if args.quick else "")
+    network_("silhouettes", "SASGL without DINOv2 and gait net, step", B if args.quick else 32)
+    network_("step", "training step, paper preset", B, variants=variants[:1] if args.quick else variants, growing=() if args.quick else (B // 2, B, 2 * B))
+    network_("embedding", "paper preset", B)    # evaluate.py knows float32 alone
     if not args.quick:
         memory(2, 4)

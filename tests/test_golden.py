@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 
-
 from ranking import distances
 from golden import formula, official_keys
 from model import identity_loss, load_official, triplet_loss
