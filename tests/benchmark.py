@@ -10,7 +10,6 @@ Linear as torch has it, maps as NCHW, batch norms on their own, memory handed ba
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -64,11 +63,18 @@ def median(function, runs=3, warm=False):
     return sorted(seconds_of(function) for _ in range(runs))[runs // 2]
 
 
-def peak():
-    """Largest memory so far, MB: of this process, on CUDA of its tensors there."""
+def peak(forget=False):
+    """Largest memory so far, MB: on CUDA of the tensors there; of this process on Linux, elsewhere not known (nan). forget: from now on."""
     if DEVICE.type == "cuda":
+        if forget:
+            torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated() / 2 ** 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    process = Path("/proc/self")    # getrusage's ru_maxrss starts at the parent's, and forgets nothing
+    if not process.exists():
+        return float("nan")
+    if forget:
+        (process / "clear_refs").write_text("5")
+    return int((process / "status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 
 
 def print_row(part, work, seconds, reference="", ratio=""):
@@ -148,7 +154,7 @@ def usual_distances(query, gallery):
 
 def distance_matrix(Q, G, P=70, D=256):
     query, gallery = (torch.randn(n, P, D, generator=torch.Generator().manual_seed(n)).to(DEVICE) for n in (Q, G))
-    before = peak()
+    before = peak(forget=True)
     distances(query, gallery)
     extra = peak() - before - Q * G * 4 / 2 ** 20
     compare("distances", f"{Q:,} x {G:,}, {P} parts x {D}; beside the result {max(extra, 0):.0f} MB", lambda: distances(query, gallery),
@@ -169,6 +175,7 @@ def search(G, P, D, name):
         piece = lambda start, stop: torch.from_numpy(stored.rows("embedding", start, stop)).to(DEVICE)
         for Q in 1, 100:
             query = torch.randn(Q, P, D, generator=generator).to(DEVICE)
+            peak(forget=True)
             half, before = median(lambda: nearest(query, piece, G // 2, 10, rows)), peak()
             whole = median(lambda: nearest(query, piece, G, 10, rows))
             print_row("search", f"{Q} quer{'y' if Q == 1 else 'ies'} in {G:,} tracklets of {P} x {D} ({name})", f"{whole:.2f} s", f"half of it {half:.2f} s", "")
@@ -206,12 +213,13 @@ def reranking(Q, G, reference=True):
     generator = torch.Generator().manual_seed(0)
     people = torch.randn((Q + G) // 12 + 1, 2, 64, generator=generator)    # about twelve tracklets of each, as in HITSZ-VCM
     parts = people[torch.randint(len(people), (Q + G,), generator=generator)] + 0.7 * torch.randn(Q + G, 2, 64, generator=generator)
-    distance, before = distances(parts, parts).to(DEVICE), peak()
+    distance = distances(parts, parts).to(DEVICE)
     ours, usual = lambda: rerank(distance, Q), lambda: torch.from_numpy(usual_rerank(distance.cpu().numpy(), Q)).to(DEVICE)
     if reference:
         compare("re-ranking", f"{Q:,} x {G:,}", ours, usual, lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=1e-4))
         growth("queries and gallery", [lambda n=n: rerank(distance[:n, :n], n // 2) for n in ((Q + G) // 4, (Q + G) // 2, Q + G)])
     else:
+        before = peak(forget=True)
         print_row("re-ranking", f"{Q:,} x {G:,}", f"{median(ours):.2f} s")
         note(f"memory +{peak() - before:.0f} MB over the distances' {distance.numel() * 4 / 2 ** 20:.0f} MB")
 
@@ -291,7 +299,7 @@ def plain_model(net):
 
 
 def child(parts, variant, tracklets, frames, precision):
-    """-> {part: seconds, FLOP, peak memory in MB so far} of what one process measures, the parts one after the other."""
+    """-> {part: seconds, FLOP, peak memory in MB} of what one process measures, the parts one after the other."""
     if variant != "plain" and parts != "memory":
         train.keep_memory()
     torch.manual_seed(0)
@@ -327,6 +335,7 @@ def child(parts, variant, tracklets, frames, precision):
     results = {}
     for part in parts.split(","):
         result = results[part] = {}
+        peak(forget=True)
         if part == "embedding":
             work = embedding
         elif part == "silhouettes":    # DINOv2 sees a body: about a third of the frame is foreground
@@ -418,7 +427,7 @@ if __name__ == "__main__":
     data.tqdm = ranking.tqdm = lambda *arguments, **options: tqdm(*arguments, **{**options, "disable": True})
     print(f"torch {torch.__version__}, {DEVICE if DEVICE.type == 'cpu' else torch.cuda.get_device_name()}, {torch.get_num_threads()} threads")
     print_row("part", "work", "time", "reference", "ratio")
-    search(100_000 // small, 1, 1280, "LSMRL")    # first: the memory it states is the largest so far
+    search(100_000 // small, 1, 1280, "LSMRL")
     search(100_000 // small // min(small, 4), 70, 256, "DinoGRL")
     distance_matrix(5159 // min(small, 3), 5643 // min(small, 3))    # much less, and starting two threads is what one would time
     scoring(5159 // small, 5643 // small, 427)
@@ -433,5 +442,5 @@ if __name__ == "__main__":
     network_("silhouettes", "SASGL without DINOv2 and gait net, step", B if args.quick else 32)
     network_("step", "training step, paper preset", B, variants=variants[:1] if args.quick else variants, growing=() if args.quick else (B // 2, B, 2 * B))
     network_("embedding", "paper preset", B)    # evaluate.py knows float32 alone
-    if not args.quick:
+    if not args.quick and peak() == peak():
         memory(2, 4)
