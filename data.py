@@ -410,7 +410,8 @@ def picture(image, size):
         image = image.convert("RGB")
     if image.size != tuple(size[::-1]):
         image = image.resize(size[::-1], Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    rows = np.frombuffer(image.tobytes("raw", "RGB;L"), np.uint8)    # each its red, its green, its blue: quicker to sort than pixels
+    return torch.from_numpy(rows.reshape(size[0], 3, size[1]).swapaxes(0, 1).copy())
 
 
 @functools.lru_cache(maxsize=1)
@@ -569,7 +570,6 @@ def augment(frames, modality, rng, erase=0.5):
     and for infrared a channel (3 of 4) or the gray mix (1 of 8). The numbers are drawn on the CPU: no device sync."""
     B, T, C, H, W = frames.shape
     pad = round(10 * H / 256)
-    padded = F.pad(frames, (pad,) * 4)    # black, before normalisation
     crops = [(*rng.integers(2 * pad + 1, size=2), rng.random() < 0.5) for _ in range(B)]
     out = torch.empty(frames.shape, device=frames.device)
     # The release fills with these numbers after normalisation: slightly bright, not the mean. Kept.
@@ -578,7 +578,7 @@ def augment(frames, modality, rng, erase=0.5):
         box = erased_box(H, W, rng) if rng.random() < erase else None
         channel, mix = rng.integers(4 if infrared else 6), rng.random() < 0.5
         used = slice(channel, channel + 1) if channel < 3 else slice(None)
-        tracklet = padded[b, :, used, top:top + H, left:left + W]
+        tracklet = F.pad(frames[b, :, used], (pad,) * 4)[..., top:top + H, left:left + W]    # black, before normalisation
         tracklet = normalise(tracklet.flip(-1) if flipped else tracklet, used)
         if box:
             y, x, h, w = box

@@ -56,11 +56,15 @@ def seconds_of(function):
     return start.elapsed_time(end) / 1000
 
 
-def median(function, runs=3, warm=False):
-    """warm: the first run, which does not count, is done."""
-    if not warm:
+def medians(*functions, runs=3, warm=False):
+    """In turns, so that a machine's slow minute slows them all. warm: the first runs, which do not count, are done."""
+    for function in () if warm else functions:
         function()
-    return sorted(seconds_of(function) for _ in range(runs))[runs // 2]
+    return [sorted(times)[runs // 2] for times in zip(*([seconds_of(function) for function in functions] for _ in range(runs)))]
+
+
+def median(function, **options):
+    return medians(function, **options)[0]
 
 
 def peak(forget=False):
@@ -88,7 +92,7 @@ def note(words):
 def compare(part, work, ours, usual, same, runs=3):
     """Both once, to see that they agree; then the medians and their ratio."""
     same(ours(), usual())
-    fast, slow = median(ours, runs, warm=True), median(usual, runs, warm=True)
+    fast, slow = medians(ours, usual, runs=runs, warm=True)
     print_row(part, work, f"{fast:.3g} s", f"plain {slow:.3g} s", f"{slow / fast:.1f} x")
 
 
@@ -277,11 +281,11 @@ def loading(batches, tracklets=64, T=6, size=(256, 128)):
                     finish(frames.to(DEVICE, non_blocking=True), modality, step)
             return run
         ours = lambda frames, modality, step: augment(frames, modality, np.random.default_rng(step))
-        plain = median(passing(PlainFrames(made, size, T), lambda *_: None))
-        work, frames = f"{T}-frame tracklets of {size[0]}x{size[1]} JPEGs, augmented; {workers} workers", 32 * T * batches
-        for name, options in (work, {}), (f"the same with --cache ({os.path.getsize(cache.path) / 2 ** 20:.0f} MB for {cache.shape[0]:,} frames)", {"cache": cache}):
-            seconds = median(passing(Frames(made, size=size, T=T, **options), ours))
-            print_row("loader", name, f"{frames / seconds:.0f} fps", f"plain {frames / plain:.0f} fps", f"{plain / seconds:.1f} x")
+        plain, *times = medians(passing(PlainFrames(made, size, T), lambda *_: None), *(passing(Frames(made, size=size, T=T, cache=c), ours) for c in (None, cache)), runs=5)
+        frames = 32 * T * batches
+        for work, seconds in zip((f"{T}-frame tracklets of {size[0]}x{size[1]} JPEGs, augmented; {workers} workers",
+                                  f"the same with --cache ({os.path.getsize(cache.path) / 2 ** 20:.0f} MB for {cache.shape[0]:,} frames)"), times):
+            print_row("loader", work, f"{frames / seconds:.0f} fps", f"plain {frames / plain:.0f} fps", f"{plain / seconds:.1f} x")
 
 
 # ----------------------------------------------------- the network, in its own process ----
@@ -377,7 +381,7 @@ def matrix_rate(dtype):
     n = 8192 if DEVICE.type == "cuda" else 2048
     x, module = torch.randn(1, n, n, device=DEVICE, dtype=dtype), sasgl.Linear(n, n, device=DEVICE, dtype=dtype)
     with torch.inference_mode():
-        return 2 * n ** 3 / min(median(lambda: module(x), 5), median(lambda: F.linear(x, module.weight, module.bias), 5))
+        return 2 * n ** 3 / min(*medians(lambda: module(x), lambda: F.linear(x, module.weight, module.bias), runs=5))
 
 
 OPTIONS = {"recomputed": ", --checkpoint-activations on", "chunks": ", --accumulate 2"}    # of a variant
