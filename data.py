@@ -455,12 +455,7 @@ class Frames(torch.utils.data.Dataset):
     def __getitem__(self, key):
         index, seed = key if isinstance(key, tuple) else (key, None)
         paths = self.paths(index, seed)
-        if self.cache:
-            frames = self.cache.read(paths)
-        else:
-            frames = torch.empty(self.T, 3, *self.size, dtype=torch.uint8)
-            for frame, path in zip(frames, paths):
-                frame.copy_(read_frame(path, self.size))
+        frames = self.cache.read(paths) if self.cache else torch.stack([read_frame(path, self.size) for path in paths])
         return frames, int(self.tracklets[index].modality == INFRARED), index
 
 

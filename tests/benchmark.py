@@ -82,7 +82,7 @@ def peak(forget=False):
 
 
 def print_row(part, work, seconds, reference="", ratio=""):
-    print(f"{part:13}{work:74}{seconds:>10}{reference:>20}{ratio:>8}", flush=True)
+    print(f"{part:13}{work:76}{seconds:>10}{reference:>20}{ratio:>8}", flush=True)
 
 
 def note(words):
@@ -444,7 +444,7 @@ if __name__ == "__main__":
     variants = ["ours", *["ours-bfloat16"] * (DEVICE.type == "cpu"), "recomputed", "chunks"]
     network_ = partial(network, frames=T, beside="embedding,silhouettes,step" if args.quick else "")
     network_("silhouettes", "SASGL without DINOv2 and gait net, step", B if args.quick else 32)
-    network_("step", "training step, paper preset", B, variants=variants[:1] if args.quick else variants, growing=() if args.quick else (B // 2, B, 2 * B))
+    network_("step", "paper preset", B, variants=variants[:1] if args.quick else variants, growing=() if args.quick else (B // 2, B, 2 * B))
     network_("embedding", "paper preset", B)    # evaluate.py knows float32 alone
     if not args.quick and peak() == peak():
         memory(2, 4)
