@@ -71,7 +71,7 @@ class Config:
     cosine: bool = option(False, "instead of milestones: after the warm-up the rate follows a cosine that ends at 0.01 after the last epoch")
     precision: str = option("auto", "auto, bfloat16, float16 (with loss scaling), float32; auto: bfloat16 on CUDA, else float32")
     checkpoint_activations: bool = option(False, "compute activations again in the backward pass: far less memory, 1.2 times the time, the same results")
-    accumulate: int = option(1, "cut a step into this many chunks of identities, with the full batch's loss: less memory, 1.6 times the time", 1)
+    accumulate: int = option(1, "cut a step into this many chunks of identities, with the full batch's loss: less memory, 1.5 times the time", 1)
     # data
     size: tuple = option((256, 128), "height and width of the frames; the height is cut into 16 strips after 16-fold reduction", 1)
     erase: float = option(0.5, "probability of random erasing; lower it for short runs, which underfit", 0)
