@@ -20,7 +20,6 @@ where no trained one is given; the small presets; exact resuming.
 """
 import argparse
 import bisect
-import ctypes
 import json
 import math
 import os
@@ -43,7 +42,7 @@ from tqdm import tqdm
 import walkers
 from data import (Cache, Chunks, Frames, IdentitySampler, UserError, augment, cli, gathered, ignore_interrupts, is_walkers, load_dataset, option,
                   processes, write_atomic)
-from evaluate import METHODS, choose_device, evaluate, read_checkpoint, table, write_json, write_picture
+from evaluate import METHODS, choose_device, evaluate, keep_memory, read_checkpoint, table, write_json, write_picture
 from pictures import draw_curves, draw_silhouettes, samples
 from sasgl import fill
 
@@ -308,16 +307,6 @@ def forward_backward(model, frames, modality, label, accumulate=1, autocast=null
     finally:
         Chunks.step = None
     return tuple({name: torch.stack([values[i][name] for values in results]).mean(0) for name in results[0][i]} for i in (0, 1))
-
-
-def keep_memory():
-    """Asks glibc to keep freed memory for the next step: handing 100 MB back and forth costs a CPU run a fifth of its time."""
-    try:
-        libc = ctypes.CDLL(None)
-        for parameter, value in ((-3, 2 ** 31 - 1), (-1, 2 ** 31 - 1), (-2, 2 ** 28)):    # mmap threshold, trim threshold, top pad
-            libc.mallopt(parameter, value)
-    except (OSError, AttributeError, TypeError):    # another C library: only slower
-        pass
 
 
 def main():

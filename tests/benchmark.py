@@ -29,6 +29,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data    # noqa: E402
+import evaluate    # noqa: E402
 import model as dinogrl    # noqa: E402
 import ranking    # noqa: E402
 import sasgl    # noqa: E402
@@ -260,7 +261,7 @@ class PlainFrames(torch.utils.data.Dataset):
 
 def loading(batches, tracklets=64, T=6, size=(256, 128)):
     """Augmented batches of 32 tracklets ready on the device: plain, ours, ours with --cache."""
-    train.keep_memory()
+    evaluate.keep_memory()
     rng, workers = np.random.default_rng(0), min(8, os.cpu_count()) if DEVICE.type == "cuda" else 0    # a CPU that trains has no core to spare
     with tempfile.TemporaryDirectory() as folder:
         made = []
@@ -305,7 +306,7 @@ def plain_model(net):
 def child(parts, variant, tracklets, frames, precision):
     """-> {part: seconds, FLOP, peak memory in MB} of what one process measures, the parts one after the other."""
     if variant != "plain" and parts != "memory":
-        train.keep_memory()
+        evaluate.keep_memory()
     torch.manual_seed(0)
     B, N = tracklets, tracklets * frames
     net = dinogrl.DinoGRL(classes=500, dinov2=sasgl.load_dinov2("dinov2_vits14", pretrained=False)).to(DEVICE)
