@@ -447,5 +447,5 @@ if __name__ == "__main__":
     network_("silhouettes", "SASGL without DINOv2 and gait net, step", B if args.quick else 32)
     network_("step", "paper preset", B, variants=variants[:1] if args.quick else variants, growing=() if args.quick else (B // 2, B, 2 * B))
     network_("embedding", "paper preset", B)    # evaluate.py knows float32 alone
-    if not args.quick and peak() == peak():
+    if not args.quick and peak() == peak():    # known here, no nan
         memory(2, 4)
