@@ -97,9 +97,8 @@ def compare(part, work, ours, usual, same, runs=3):
     print_row(part, work, f"{fast:.3g} s", f"plain {slow:.3g} s", f"{slow / fast:.1f} x")
 
 
-def growth(what, functions):
-    """Three functions, each with twice the work of the one before."""
-    times = [median(function) for function in functions]
+def growth(what, times):
+    """Seconds of three works, each twice the one before."""
     note(f"{what} doubled twice: {times[1] / times[0]:.2f} and {times[2] / times[1]:.2f} times the time")
 
 
@@ -117,7 +116,7 @@ def fusion(B, D=256, strips=(1, 2, 4, 8, 16)):
     made = make(D)
     compare("PBMGE", f"forward + backward, batch {B}, {D} channels, {sum(strips)} parts", lambda: step(PBMGE.__call__, *made), lambda: step(literal_pbmge, *made),
             lambda a, b: torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3))
-    growth("channels", [partial(step, PBMGE.__call__, *make(D * k)) for k in (1, 2, 4)])
+    growth("channels", [median(partial(step, PBMGE.__call__, *make(D * k))) for k in (1, 2, 4)])
 
 
 def usual_metrics(distance, query_pid, gallery_pid, query_camera, gallery_camera):
@@ -145,7 +144,7 @@ def scoring(Q, G, identities):
     def same(ours, usual):
         assert all(abs(ours[name] - value) < 1e-5 for name, value in usual.items()), (ours, usual)
     compare("metrics", f"{Q:,} x {G:,} distances, {identities} identities", lambda: metrics(on_device, *arguments), lambda: usual_metrics(distance.numpy(), *arguments), same, runs=1)
-    growth("gallery", [partial(metrics, on_device[:, :g], arguments[0], arguments[1][:g], arguments[2], arguments[3][:g]) for g in (G // 4, G // 2, G)])
+    growth("gallery", [median(partial(metrics, on_device[:, :g], arguments[0], arguments[1][:g], arguments[2], arguments[3][:g])) for g in (G // 4, G // 2, G)])
 
 
 def usual_distances(query, gallery):
@@ -164,7 +163,7 @@ def distance_matrix(Q, G, P=70, D=256):
     extra = peak() - before - Q * G * 4 / 2 ** 20
     compare("distances", f"{Q:,} x {G:,}, {P} parts x {D}; beside the result {max(extra, 0):.0f} MB", lambda: distances(query, gallery),
             lambda: usual_distances(query, gallery), lambda a, b: torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3), runs=1)
-    growth("gallery", [partial(distances, query[:Q // 4], gallery[:g]) for g in (G // 4, G // 2, G)])
+    growth("gallery", [median(partial(distances, query[:Q // 4], gallery[:g])) for g in (G // 4, G // 2, G)])
 
 
 def search(G, P, D, name):
@@ -222,7 +221,7 @@ def reranking(Q, G, reference=True):
     ours, usual = lambda: rerank(distance, Q), lambda: torch.from_numpy(usual_rerank(distance.cpu().numpy(), Q)).to(DEVICE)
     if reference:
         compare("re-ranking", f"{Q:,} x {G:,}", ours, usual, lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=1e-4))
-        growth("queries and gallery", [lambda n=n: rerank(distance[:n, :n], n // 2) for n in ((Q + G) // 4, (Q + G) // 2, Q + G)])
+        growth("queries and gallery", [median(lambda: rerank(distance[:n, :n], n // 2)) for n in ((Q + G) // 4, (Q + G) // 2, Q + G)])
     else:
         before = peak(forget=True)
         print_row("re-ranking", f"{Q:,} x {G:,}", f"{median(ours):.2f} s")
@@ -404,8 +403,7 @@ def network(part, words, tracklets, frames, variants=("ours",), growing=(), besi
              f"product's {rate / 1e12:.3g}; peak {r['peak'] / 1024:.1f} GB (plain {plain['peak'] / 1024:.1f} GB, {plain['flop'] / 1e12:.3g} TFLOP)"
              + (f"; foreground {r['foreground']:.0%}" if "foreground" in r else ""))
     if growing:
-        times = [measured("ours", n, frames, own)["seconds"] for n in growing]
-        note(f"tracklets doubled twice ({', '.join(map(str, growing))}): " + " and ".join(f"{b / a:.2f}" for a, b in zip(times, times[1:])) + " times the time")
+        growth(f"{growing[0]} tracklets", [measured("ours", n, frames, own)["seconds"] for n in growing])
 
 
 def memory(few, many, frames=6):

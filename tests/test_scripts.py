@@ -109,15 +109,21 @@ def test_a_run_leaves_what_it_promises(trained, walkers):
     assert all(name in result.stderr for name in ("mask ", "smooth ", "div ", "id ", "tri ", "acc ")) and "frames/s" in result.stderr    # the progress bar names its losses
 
 
-def test_two_epochs_are_one_and_one_resumed_bit_for_bit(trained, walkers, tmp_path):
+def whole_and_resumed(one_epoch, walkers, tmp_path, options):
+    """-> the folders of two epochs at once and of a resumed run's one and one, which have the same bits."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    shutil.copytree(trained[0], parts)
+    shutil.copytree(one_epoch, parts)
     for result in together(lambda command: run("train.py", *command, "--epochs", 2),
-                           ["--data", walkers, "--run", whole, *TINY], ["--resume", parts, "--workers", 1]):    # workers change nothing
+                           ["--data", walkers, "--run", whole, *options], ["--resume", parts, "--workers", 1]):    # workers change nothing
         assert result.returncode == 0, result.stderr
     a, b = tensors_of(whole), tensors_of(parts)
     assert a["epoch"] == b["epoch"] == 2
     same_bits(a, b)
+    return whole, parts
+
+
+def test_two_epochs_are_one_and_one_resumed_bit_for_bit(trained, walkers, tmp_path):
+    whole, parts = whole_and_resumed(trained[0], walkers, tmp_path, TINY)
     assert json.loads((whole / "results.json").read_text())["directions"] == json.loads((parts / "results.json").read_text())["directions"]
     assert [json.loads(s)["epoch"] for s in (parts / "log.jsonl").read_text().splitlines()] == [1, 2]
     once_more = here("train.py", "--resume", parts)
@@ -256,15 +262,10 @@ def test_lsmrl_leaves_the_same_files_but_silhouettes_and_evaluates_alike(trained
 
 
 def test_lsmrl_resumes_bit_for_bit_and_as_itself(trained_lsmrl, walkers, tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    shutil.copytree(trained_lsmrl[0], parts)    # its one epoch was all warm-up: the cosine had not begun
-    for result in together(lambda command: run("train.py", *command, "--epochs", 2),
-                           ["--data", walkers, "--run", whole, *TINY_LSMRL], ["--resume", parts, "--workers", 1]):
-        assert result.returncode == 0, result.stderr
-    a, b = tensors_of(whole), tensors_of(parts)
-    same_bits(a, b)
-    slow, fast = b["optimizer"]["param_groups"]
-    assert fast["lr"] == pytest.approx(b["config"]["boost"] * slow["lr"]) and b["config"]["optimizer"] == "AdamW"
+    _, parts = whole_and_resumed(trained_lsmrl[0], walkers, tmp_path, TINY_LSMRL)    # its one epoch was all warm-up: the cosine had not begun
+    checkpoint = tensors_of(parts)
+    slow, fast = checkpoint["optimizer"]["param_groups"]
+    assert fast["lr"] == pytest.approx(checkpoint["config"]["boost"] * slow["lr"]) and checkpoint["config"]["optimizer"] == "AdamW"
     for given, words in ((["--method", "dinogrl"], ["--method dinogrl", "lsmrl"]), (["--optimizer", "Adam"], ["--optimizer Adam", "AdamW"])):
         fails(here("train.py", "--resume", parts, *given), *words)
 
