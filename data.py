@@ -1,172 +1,47 @@
-"""Tracklets: both benchmarks read from disk, frames sampled, identities sampled, batches augmented on the device.
+"""Tracklets: both benchmarks read from disk, frames and identities sampled, batches augmented.
 
-    --data PATH -> load_dataset -> Dataset(train tracklets, test tracklets, query and gallery of both directions)
-       train: IdentitySampler (P identities x K tracklets x 2 modalities) -> Frames -> uint8 (B,T,3,H,W) -> augment
-       test:  every test tracklet once, in order                          -> Frames -> uint8 (B,T,3,H,W) -> normalise
+    --data PATH -> load_dataset -> Dataset: train tracklets, test tracklets, both directions' indices
+       train: IdentitySampler: P identities x K tracklets x 2 modalities -> Frames -> augment
+       test:  every test tracklet once, in order                         -> Frames -> normalise
 
-PATH may be HITSZ-VCM in any of its three layouts, or BUPTCampus; which one is seen from its files (README, Data).
-`python data.py PATH` prints the statistics and every problem: run it once before the first training.
+What comes out of either: float32 frames (B, T, 3, H, W) and modality (B,), 0 visible, 1 infrared. PATH
+may be HITSZ-VCM or BUPTCampus; which one is seen from its files (docs/data.md). `python data.py PATH`
+prints the statistics and every problem: run it once before the first training.
 
-Quick question: why does every frame of a tracklet get the same crop, flip and erased rectangle? (Drawn anew per frame,
-a walking person would jump and turn about six times a second, and gait is what moves.)
+Quick question: why does every frame of a tracklet get the same crop, flip and erased rectangle?
+(Drawn anew per frame, a walking person would jump and turn about six times a second, and no part of
+the body would be where it was.)
 
-Ours, not the paper's: one draw of the augmentation per tracklet; the pad of the random crop scales with the image (10
-pixels at height 256); an order of identities, tracklets and frames that depends on seed and epoch alone; the checks;
-several processes (torchrun); frames that thermal cameras and animated files hold; --cache.
+Ours, not the paper's: one draw of the augmentation per tracklet; the pad of the random crop scales
+with the image (10 pixels at height 256); an order of identities, tracklets and frames that depends on
+seed and epoch alone; the rule `consecutive`; the checks.
 """
-import argparse
-import functools
-import hashlib
 import json
 import math
 import multiprocessing
 import os
 import re
-import signal
-import sys
-import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 
+from support.files import UserError, printable, read_lines
+from support.footage import read_frame
+from support.options import Parser, cli, progress, say
+
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageOps, ImageSequence
-from tqdm import tqdm
+from PIL import Image
 
 VISIBLE, INFRARED = "visible", "infrared"
+MODALITIES = (VISIBLE, INFRARED)    # in tensors: 0 and 1
 DIRECTIONS = ("infrared->visible", "visible->infrared")    # query -> gallery
 
 
-class UserError(Exception):
-    """Anything a user can cause or cure: one line that says what was found, what was expected, what to do."""
-
-
-def cli(main):
-    """Runs main(); a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
-    try:
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="backslashreplace")    # a file's name may be no text
-        code = main()
-        if processes()[1] > 1:
-            dist.destroy_process_group()
-        sys.exit(code)
-    except UserError as error:
-        rank = take_turn()
-        # A DataLoader worker hands its exception on as a whole traceback, whose last line is the message.
-        tqdm.write("error: " + f"(process {rank}) " * (rank > 0) + str(error).strip().splitlines()[-1].split("UserError: ")[-1],
-                   file=sys.stderr)    # past open bars
-        sys.exit(2)
-    except RuntimeError as error:
-        if processes()[1] == 1 or not re.search("gloo|nccl|peer|socket", str(error), re.IGNORECASE):
-            raise
-        time.sleep(2)
-        tqdm.write(f"error: process {take_turn()} has lost the others ({' '.join(str(error).split())[:120]}); expected their lines above; start again",
-                   file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:    # too many open files, a vanished disk: the system's own words
-        tqdm.write(f"error: {error}; check the disk, the permissions and --workers", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as stop:    # train.py says in it how to go on
-        if processes()[0] == 0:
-            tqdm.write(str(stop) or "interrupted", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        if dist.is_available() and dist.is_torchelastic_launched():
-            time.sleep(0.2)    # gloo's thread lets go of its last tensor a moment after its work is done, and aborts an interpreter that ends meanwhile
-
-
-def take_turn():
-    """-> this process's rank, after its turn to speak: torchrun ends all processes when the first ends, so that what all have to say
-    is said once."""
-    rank = int(os.environ["RANK"]) if dist.is_available() and dist.is_torchelastic_launched() else 0
-    time.sleep(2 * rank)
-    return rank
-
-
-def processes():
-    """-> this process's rank and their number; (0, 1) unless torchrun started several."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
-class Gathered(torch.autograd.Function):
-    """See gathered."""
-
-    @staticmethod
-    def forward(ctx, x):
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(processes()[1])]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        rank, world = processes()
-        return world * gradient.chunk(world)[rank]
-
-
-class Chunks:
-    """A step that --accumulate cuts into chunks (train.forward_backward). Each chunk goes through the network twice: first without
-    gradient, to record what it hands to `gathered`, then with it, when `gathered` sets the others' records beside it."""
-    step = None    # the Chunks of the step under way
-
-    def __init__(self, number):
-        self.records = [[] for _ in range(number)]
-
-    def begin(self, chunk, recording):
-        self.chunk, self.recording, self.calls = chunk, recording, 0
-
-    def join(self, x):
-        """x (B, ...) of the chunk under way -> (number * B, ...)."""
-        if self.recording:
-            self.records[self.chunk].append(x.detach())
-            return torch.cat([x.detach()] * len(self.records))    # of the right shape; what comes of it is thrown away
-        parts = [record[self.calls] for record in self.records]
-        parts[self.chunk] = x.view_as(x)
-        if x.requires_grad:    # the chunks' losses are averaged as the processes' are
-            parts[self.chunk].register_hook(lambda gradient: gradient * len(self.records))
-        self.calls += 1
-        return torch.cat(parts)
-
-
-def gathered(x):
-    """x (B, ...) of this process -> (world * B, ...) of all of them, in order of rank; x itself where there is one. Of a step in chunks
-    likewise: x of all chunks.
-
-    For losses that compare tracklets: every process computes the same loss of the whole batch, and each sends the gradient of its own
-    part back. DistributedDataParallel then takes the mean over processes where a sum is due: hence `world *` above. [ours]"""
-    x = Chunks.step.join(x) if Chunks.step else x
-    return x if processes()[1] == 1 or Chunks.step and Chunks.step.recording else Gathered.apply(x)
-
-
-def write_atomic(path, write):
-    """write(file) to a temporary name beside `path`, then os.replace: a reader sees the old file or the new, whole."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({' '.join(str(error).split())[:120]}); what stood there before is untouched: "
-                        "free some space or choose another folder") from None
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
-def option(default, help, least=None):
-    """A dataclass field that becomes a command-line option. least: the smallest value that can work."""
-    return field(default=default, metadata={"help": help, "least": least})
-
-
-# --------------------------------------------------------------- datasets ----
-
 @dataclass(frozen=True)
 class Tracklet:
-    """One person before one camera: paths of its frames in order ("clip.gif#3": the picture of that number, from 0, of an animated
-    file). modality: "visible" or "infrared"."""
+    """One person before one camera: paths of its frames in order ("clip.gif#3": the picture of that
+    number, from 0, of an animated file). modality: "visible" or "infrared"."""
     frames: tuple
     pid: int
     camera: str
@@ -175,11 +50,12 @@ class Tracklet:
 
 @dataclass
 class Dataset:
-    """train, test: lists of Tracklet. directions: {"infrared->visible": (query, gallery), ...}, indices into test.
+    """train, test: lists of Tracklet. directions: {"infrared->visible": (query, gallery), ...}, both
+    indices into test.
 
-    ignore_same_camera: a gallery tracklet with the query's pid and camera does not count. test_frames: "chunks" (first
-    of each of T chunks) or "linspace". missing: listed frames that are no files. problems: why it cannot be used.
-    notes: what one should know."""
+    ignore_same_camera: a gallery tracklet with the query's pid and camera does not count.
+    test_frames: which frames the protocol takes, a name of FRAME_RULES. missing: listed frames that
+    are no files. problems: why it cannot be used. notes: what one should know."""
     name: str
     root: str
     train: list = field(default_factory=list)
@@ -193,23 +69,19 @@ class Dataset:
 
     @property
     def classes(self):
-        """Training identities in ascending order; a label is a position in this list, the same in every run."""
+        """Training identities in ascending order; a label is a position in this list, the same in
+        every run."""
         return sorted({t.pid for t in self.train})
 
 
-def read_lines(path):
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            return file.read().rstrip().splitlines()
-    except FileNotFoundError:
-        raise UserError(f"no file {path}; it belongs to the dataset: see README, Data") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as text ({error}); download it again") from None
-
+# ------------------------------------------------------------- HITSZ-VCM ----
 
 HITSZ_LISTS = "track_train_info.txt", "track_test_info.txt", "train_name.txt", "test_name.txt"
-BUPT_LISTS = "data_paths.json", "train.txt", "gallery.txt"
-HITSZ_NAME = re.compile(r"(\d{1,9})M([12])D(\d{1,9})T\d+F([^/\\]+)")    # the numbers may be padded or not: letters decide
+# 0001M2D3T1F1.jpg: numbers may be padded or not, so the letters decide.
+HITSZ_NAME = re.compile(r"(\d{1,9})M([12])D(\d{1,9})T\d+F([^/\\]+)")
+HITSZ_MODALITY = {1: INFRARED, 2: VISIBLE}
+HITSZ_FOLDER = {1: "ir", 2: "rgb"}
+SHORTEST = 12    # tracks of fewer frames are dropped, as everyone does
 
 
 def is_walkers(path):
@@ -217,109 +89,132 @@ def is_walkers(path):
 
 
 def read_hitsz(root, info):
-    """HITSZ-VCM. root: the folder given; info: where its txt files lie (they may lie in root itself)."""
-    dataset = Dataset("walkers" if is_walkers(root) else "HITSZ-VCM", root, ignore_same_camera=True)
-    rows = {"train": [], "test": []}    # per row a Tracklet, or None where the row is wrong
-    for split in rows:
-        folder = os.path.join(root, split.capitalize())
-        folder = folder if os.path.isdir(folder) else root
-        names_file, info_file = f"{split}_name.txt", f"track_{split}_info.txt"
-        paths = []    # (path, (pid, modality, camera)) per line of the names file
-        for i, name in enumerate(read_lines(os.path.join(info, names_file)), 1):
-            match = HITSZ_NAME.fullmatch(name.strip())
-            if match:
-                pid, m, camera, file = match.groups()
-                path = os.path.join(folder, pid, "ir" if m == "1" else "rgb", f"D{camera}", file)
-                paths.append((path, (int(pid), int(m), int(camera))))
-            else:
-                paths.append(None)
-                dataset.problems.append(f"{names_file} line {i}: {name.strip()[:60]!r} is no frame name; expected one such "
-                                        "as 0001M2D3T1F1.jpg")
-        for i, line in enumerate(read_lines(os.path.join(info, info_file)), 1):
-            tracklet = None
-            try:
-                modality, start, end, pid, camera = (int(x.removesuffix(".0")) for x in line.split())
-                if modality not in (1, 2) or not 1 <= start <= end <= len(paths):
-                    raise ValueError
-            except ValueError:
-                dataset.problems.append(f"{info_file} row {i}: {line.strip()[:60]!r}; expected `modality start end pid "
-                                        f"camera` with modality 1 or 2 and 1 <= start <= end <= {len(paths)}, the lines of "
-                                        f"{names_file}")
-            else:
-                frames = [p for p in paths[start - 1:end] if p]
-                tracklet = Tracklet(tuple(p for p, _ in frames), pid, f"D{camera}", INFRARED if modality == 1 else VISIBLE)
-                if any(key != (pid, modality, camera) for _, key in frames):
-                    dataset.notes.append(f"{info_file} row {i} says pid {pid}, modality {modality}, camera {camera}, but "
-                                         f"its lines of {names_file} say otherwise; the row is believed")
-            rows[split].append(tracklet)
-
-    query = set()
-    for word in " ".join(read_lines(os.path.join(info, "query_IDX.txt"))).replace(",", " ").split():
-        row = int(word) if word.isdecimal() and len(word) < 10 else 0
-        if not 1 <= row <= len(rows["test"]):
-            dataset.problems.append(f"query_IDX.txt: {word[:60]!r} is no row of track_test_info.txt; expected 1.."
-                                    f"{len(rows['test'])}")
-        elif rows["test"][row - 1] and rows["test"][row - 1].modality != INFRARED:
-            dataset.problems.append(f"query_IDX.txt: row {row} of track_test_info.txt is visible; queries are infrared")
-        else:
-            query.add(row - 1)
+    """HITSZ-VCM -> Dataset. info: where its txt files lie (they may lie in root itself)."""
+    name = "walkers" if is_walkers(root) else "HITSZ-VCM"
+    dataset = Dataset(name, root, ignore_same_camera=True)
+    rows = {split: read_hitsz_tracks(dataset, info, split) for split in ("train", "test")}
+    query = read_hitsz_queries(dataset, info, rows["test"])
+    dataset.train = [t for t in rows["train"] if t and len(t.frames) >= SHORTEST]
 
     # Short tracks are dropped only now: query_IDX counts rows of the whole file.
-    long_enough = [(i, t) for i, t in enumerate(rows["test"]) if t and len(t.frames) >= 12]
-    dataset.train = [t for t in rows["train"] if t and len(t.frames) >= 12]
-    dataset.test = [t for _, t in long_enough]
-    infrared = [new for new, (old, _) in enumerate(long_enough) if old in query]
-    visible = [new for new, (old, t) in enumerate(long_enough) if old not in query and t.modality == VISIBLE]
+    infrared, visible, left_out = [], [], 0
+    for row, tracklet in enumerate(rows["test"]):
+        if not tracklet or len(tracklet.frames) < SHORTEST:
+            continue
+        place = len(dataset.test)
+        dataset.test.append(tracklet)
+        if row in query:
+            infrared.append(place)
+        elif tracklet.modality == VISIBLE:
+            visible.append(place)
+        else:
+            left_out += 1
     dataset.directions = {DIRECTIONS[0]: (infrared, visible), DIRECTIONS[1]: (visible, infrared)}
+
     for split, kept in (("train", dataset.train), ("test", dataset.test)):
-        if len(kept) < len(rows[split]):
-            dataset.notes.append(f"{split}: {len(rows[split]) - len(kept):,} of {len(rows[split]):,} tracks have under 12 frames: dropped")
-    if len(infrared) + len(visible) < len(dataset.test):
-        dataset.notes.append(f"{len(dataset.test) - len(infrared) - len(visible)} infrared test rows are in no query: left out")
+        dropped, total = len(rows[split]) - len(kept), len(rows[split])
+        if dropped:
+            dataset.notes.append(f"{split}: {dropped:,} of {total:,} tracks have under {SHORTEST} "
+                                 "frames: dropped")
+    if left_out:
+        dataset.notes.append(f"{left_out} infrared test rows are in no query: left out")
     return dataset
 
 
+def hitsz_folder(root, split):
+    """Where the identity folders of a split lie: Train/Train/0001, Train/0001 or 0001."""
+    folder = os.path.join(root, split.capitalize())
+    for candidate in (os.path.join(folder, split.capitalize()), folder):
+        if os.path.isdir(candidate):
+            return candidate
+    return root
+
+
+def read_hitsz_names(dataset, info, split):
+    """train_name.txt or test_name.txt -> per line (path of the frame, its (pid, M, camera)), or None
+    where the line is wrong."""
+    folder, names_file, entries = hitsz_folder(dataset.root, split), f"{split}_name.txt", []
+    for number, line in enumerate(read_lines(os.path.join(info, names_file)), 1):
+        match = HITSZ_NAME.fullmatch(line.strip())
+        if match is None:
+            dataset.problems.append(f"{names_file} line {number}: {line.strip()[:60]!r} is no frame "
+                                    "name; expected one such as 0001M2D3T1F1.jpg")
+            entries.append(None)
+            continue
+        pid, m, camera, file = match.groups()
+        path = os.path.join(folder, pid, HITSZ_FOLDER[int(m)], f"D{camera}", file)
+        entries.append((path, (int(pid), int(m), int(camera))))
+    return entries
+
+
+def read_hitsz_tracks(dataset, info, split):
+    """track_train_info.txt or track_test_info.txt -> per row a Tracklet, or None where it is wrong."""
+    entries, info_file, tracklets = read_hitsz_names(dataset, info, split), f"track_{split}_info.txt", []
+    for number, line in enumerate(read_lines(os.path.join(info, info_file)), 1):
+        try:
+            m, start, end, pid, camera = (int(word.removesuffix(".0")) for word in line.split())
+            if m not in HITSZ_MODALITY or not 1 <= start <= end <= len(entries):
+                raise ValueError
+        except ValueError:
+            dataset.problems.append(f"{info_file} row {number}: {line.strip()[:60]!r}; expected "
+                                    "`modality start end pid camera` with modality 1 or 2 and 1 <= "
+                                    f"start <= end <= {len(entries)}, the lines of {split}_name.txt")
+            tracklets.append(None)
+            continue
+        frames = [entry for entry in entries[start - 1:end] if entry]
+        if any(written != (pid, m, camera) for _, written in frames):
+            dataset.notes.append(f"{info_file} row {number} says pid {pid}, modality {m}, camera "
+                                 f"{camera}, but its lines of {split}_name.txt say otherwise; the row "
+                                 "is believed")
+        paths = tuple(path for path, _ in frames)
+        tracklets.append(Tracklet(paths, pid, f"D{camera}", HITSZ_MODALITY[m]))
+    return tracklets
+
+
+def read_hitsz_queries(dataset, info, test_rows):
+    """query_IDX.txt -> the set of rows (from 0) of track_test_info.txt that are queries."""
+    query = set()
+    text = " ".join(read_lines(os.path.join(info, "query_IDX.txt")))
+    for word in text.replace(",", " ").split():
+        row = int(word) if word.isdecimal() and len(word) < 10 else 0
+        if not 1 <= row <= len(test_rows):
+            dataset.problems.append(f"query_IDX.txt: {word[:60]!r} is no row of track_test_info.txt; "
+                                    f"expected 1..{len(test_rows)}")
+        elif test_rows[row - 1] and test_rows[row - 1].modality != INFRARED:
+            dataset.problems.append(f"query_IDX.txt: row {row} of track_test_info.txt is visible; "
+                                    "queries are infrared")
+        else:
+            query.add(row - 1)
+    return query
+
+
+# ------------------------------------------------------------ BUPTCampus ----
+
+BUPT_LISTS = "data_paths.json", "train.txt", "gallery.txt"
+BUPT_MODALITY = {"RGB": VISIBLE, "IR": INFRARED}
+
+
 def read_bupt(root, auxiliary):
-    """BUPTCampus. root: the folder of train.txt, data_paths.json and DATA/. auxiliary: train on its auxiliary set too."""
+    """BUPTCampus -> Dataset. root: the folder of train.txt, data_paths.json and DATA/. auxiliary:
+    train on its auxiliary set too."""
     dataset = Dataset("BUPTCampus", root, test_frames="linspace")
-    folder = os.path.abspath(os.path.join(root, "DATA"))
     try:
         paths = json.loads("\n".join(read_lines(os.path.join(root, "data_paths.json"))))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{root}/data_paths.json is no JSON ({str(error)[:80]}); download it again") from None
+        raise UserError(f"{os.path.join(root, 'data_paths.json')} is no JSON ({str(error)[:80]}); "
+                        "download it again") from None
+    dataset.train = read_bupt_rows(dataset, paths, "train.txt", ("RGB/IR",))
+    if auxiliary:
+        short = os.path.isfile(os.path.join(root, "train_aux.txt"))    # as some copies call it
+        name = "train_aux.txt" if short else "train_auxiliary.txt"
+        dataset.train += read_bupt_rows(dataset, paths, name, ("RGB/IR",))
+    query = read_bupt_rows(dataset, paths, "query.txt", ("RGB", "IR"))
+    gallery = read_bupt_rows(dataset, paths, "gallery.txt", ("RGB", "IR"))
 
-    def tracklet(where, pid, modality, camera, number):
-        try:
-            frames = paths[pid][modality][camera][number]
-            if not frames or not isinstance(frames, list) or not all(isinstance(f, str) for f in frames):
-                raise TypeError
-        except (KeyError, TypeError, IndexError):
-            dataset.problems.append(f"{where}: data_paths.json has no frames for [{pid}][{modality}][{camera}][{number}]")
-            return None
-        frames = tuple(os.path.normpath(os.path.join(folder, f)) for f in frames)
-        outside = next((f for f in frames if not f.startswith(folder + os.sep)), None)
-        if outside:
-            dataset.problems.append(f"{where}: {outside} lies outside {folder}; refused")
-            return None
-        return Tracklet(frames, int(pid), camera, INFRARED if modality == "IR" else VISIBLE)
-
-    def rows(name, modalities):
-        for i, line in enumerate(read_lines(os.path.join(root, name)), 1):
-            words = line.split()
-            if len(words) == 4 and words[0].isdecimal() and len(words[0]) < 10 and words[1] in modalities:
-                for modality in words[1].split("/"):
-                    t = tracklet(f"{name} row {i}", words[0], modality, words[2], words[3])
-                    if t:
-                        yield t
-            elif words:
-                dataset.problems.append(f"{name} row {i}: {line.strip()[:60]!r}; expected `pid modality camera tracklet` "
-                                        f"with modality {' or '.join(modalities)}")
-
-    for name in ["train.txt"] + ["train_auxiliary.txt"] * auxiliary:
-        dataset.train += rows(name, ("RGB/IR",))
-    query, gallery = (list(dict.fromkeys(rows(name, ("RGB", "IR")))) for name in ("query.txt", "gallery.txt"))
-    dataset.test = list(dict.fromkeys(query + gallery))    # a row may be in both: it is embedded once all the same
-    place = {t: i for i, t in enumerate(dataset.test)}
+    # A row may be in both lists, or twice in one: it is embedded once all the same.
+    query, gallery = list(dict.fromkeys(query)), list(dict.fromkeys(gallery))
+    dataset.test = list(dict.fromkeys(query + gallery))
+    place = {tracklet: i for i, tracklet in enumerate(dataset.test)}
     for direction in DIRECTIONS:
         query_modality, gallery_modality = direction.split("->")
         dataset.directions[direction] = ([place[t] for t in query if t.modality == query_modality],
@@ -327,48 +222,146 @@ def read_bupt(root, auxiliary):
     return dataset
 
 
-def read_dataset(path, auxiliary=False):
-    """Recognises and reads the dataset at `path`; its .problems lists what is wrong. Raises UserError if none is there."""
+def read_bupt_rows(dataset, paths, name, modalities):
+    """A list of `pid modality camera tracklet` -> Tracklets; a row RGB/IR is an aligned pair."""
+    tracklets = []
+    for number, line in enumerate(read_lines(os.path.join(dataset.root, name)), 1):
+        words, where = line.split(), f"{name} row {number}"
+        if not words:
+            continue
+        if len(words) != 4 or words[1] not in modalities or not re.fullmatch(r"\d{1,9}", words[0], re.A):
+            dataset.problems.append(f"{where}: {line.strip()[:60]!r}; expected `pid modality camera "
+                                    f"tracklet` with modality {' or '.join(modalities)}")
+            continue
+        pid, both, camera, track = words
+        for modality in both.split("/"):
+            frames = bupt_frames(dataset, paths, where, (pid, modality, camera, track))
+            if frames:
+                tracklets.append(Tracklet(frames, int(pid), camera, BUPT_MODALITY[modality]))
+    return tracklets
+
+
+def bupt_frames(dataset, paths, where, keys):
+    """data_paths.json's frames of [pid][modality][camera][tracklet], as paths, or None."""
+    try:
+        frames = paths
+        for key in keys:
+            frames = frames[key]
+        if not isinstance(frames, list) or not frames or not all(isinstance(f, str) for f in frames):
+            raise TypeError
+    except (KeyError, TypeError, IndexError):
+        dataset.problems.append(f"{where}: data_paths.json has no frames for "
+                                + "".join(f"[{key}]" for key in keys))
+        return None
+    folder = os.path.abspath(os.path.join(dataset.root, "DATA"))
+    frames = [os.path.normpath(os.path.join(folder, frame)) for frame in frames]
+    outside = [frame for frame in frames if not frame.startswith(folder + os.sep)]
+    if outside:
+        dataset.problems.append(f"{where}: {outside[0]} lies outside {folder}; refused")
+        return None
+    return tuple(frames)
+
+
+# --------------------------------------------------------------- either one ----
+
+def recognise(path):
+    """A folder -> the function that reads it, without arguments but `auxiliary`, or None."""
+    for info in (os.path.join(path, "info"), path):
+        if any(os.path.isfile(os.path.join(info, name)) for name in HITSZ_LISTS):
+            return lambda auxiliary: read_hitsz(path, info)
+    real = os.path.realpath(path)
+    above = os.path.dirname(real) if os.path.basename(real) == "DATA" else path    # given as DATA
+    for root in (path, above):
+        if any(os.path.isfile(os.path.join(root, name)) for name in BUPT_LISTS):
+            return lambda auxiliary: read_bupt(root, auxiliary)
+    return None
+
+
+def holds_images(path):
+    """Is there an image anywhere below?"""
+    extensions = tuple(Image.registered_extensions())
+    return any(file.lower().endswith(extensions) for _, _, files in os.walk(path) for file in files)
+
+
+def find_dataset(path):
+    """recognise, in `path` or in the one folder of it that is a dataset. Raises UserError."""
     if not os.path.isdir(path):
         raise UserError(f"no folder {path}; expected HITSZ-VCM or BUPTCampus; check the path")
-    real = os.path.realpath(path)
-    here = [os.path.join(path, "info"), path, os.path.dirname(real) if os.path.basename(real) == "DATA" else path]
-    hitsz = next((f for f in here[:2] for name in HITSZ_LISTS if os.path.isfile(os.path.join(f, name))), None)
-    bupt = next((f for f in here[1:] for name in BUPT_LISTS if os.path.isfile(os.path.join(f, name))), None)
-    if hitsz:
-        dataset = read_hitsz(path, hitsz)
-    elif bupt:
-        dataset = read_bupt(bupt, auxiliary)
-    else:
-        raise UserError(f"no dataset in {path}; expected Train/ Test/ info/ (HITSZ-VCM), or train.txt, data_paths.json and "
-                        "DATA/ (BUPTCampus); see README, Data")
+    reader = recognise(path)
+    if reader:
+        return reader
+    inner = [os.path.join(path, name) for name in sorted(os.listdir(path))]
+    inner = [folder for folder in inner if os.path.isdir(folder) and recognise(folder)]
+    if len(inner) == 1:    # an unpacked archive, with a folder of its own
+        return recognise(inner[0])
+    if inner:
+        raise UserError(f"several datasets in {path} ({', '.join(map(os.path.basename, inner))}); "
+                        "expected one: name it")
+    if holds_images(path):
+        raise UserError(f"no dataset in {path}, but images: expected the lists of HITSZ-VCM (info/) or "
+                        "BUPTCampus (train.txt, data_paths.json); footage of your own goes to evaluate.py "
+                        "--checkpoint RUN --query DIR --gallery DIR, see docs/footage.md")
+    raise UserError(f"no dataset in {path}; expected Train/ Test/ info/ (HITSZ-VCM), or train.txt, "
+                    "data_paths.json and DATA/ (BUPTCampus); see docs/data.md")
 
-    by_folder = defaultdict(list)    # one listing per folder: half a million single look-ups would take minutes on NFS
+
+def find_missing_frames(dataset):
+    """Adds the listed frames that are no files to dataset.missing and .problems."""
+    by_folder = defaultdict(dict)    # one listing per folder: single look-ups take minutes on NFS
     for t in dataset.train + dataset.test:
         for frame in t.frames:
-            by_folder[os.path.dirname(frame)].append(os.path.basename(frame))
+            by_folder[os.path.dirname(frame)][os.path.basename(frame)] = True
+    other_case = []
     for folder, names in by_folder.items():
         try:
             there = set(os.listdir(folder))
         except (OSError, ValueError):    # no such folder, or a name that no file can have
             there = set()
-        dataset.missing += [os.path.join(folder, n) for n in dict.fromkeys(names) if n not in there]
-    dataset.problems += [f"no file {frame}, though the dataset's lists name it" for frame in dataset.missing]
+        lower = {name.lower(): name for name in there}
+        for name in names:
+            if name in there:
+                continue
+            frame = os.path.join(folder, name)
+            dataset.missing.append(frame)
+            if name.lower() in lower:
+                other_case.append((frame, lower[name.lower()]))
+            else:
+                dataset.problems.append(f"no file {frame}, though the dataset's lists name it")
+    if other_case:
+        listed, found = other_case[0]
+        dataset.problems.append(f"{len(other_case):,} files differ from the dataset's lists in upper "
+                                f"and lower case alone: {found} instead of {listed}; rename them")
+
+
+def check_identities(dataset):
+    """Adds what keeps the tracklets from being trained on and searched in."""
     if not dataset.train or not dataset.test:
-        dataset.problems.append(f"{len(dataset.train)} training and {len(dataset.test)} test tracklets; expected some of each")
+        dataset.problems.append(f"{len(dataset.train)} training and {len(dataset.test)} test "
+                                "tracklets; expected some of each")
     modalities = defaultdict(set)
     for t in dataset.train:
         modalities[t.pid].add(t.modality)
-    dataset.problems += [f"training identity {pid} has {next(iter(m))} tracklets only; expected both modalities: remove its rows"
-                         for pid, m in sorted(modalities.items()) if len(m) == 1]
+    for pid, there in sorted(modalities.items()):
+        if len(there) == 1:
+            dataset.problems.append(f"training identity {pid} has {min(there)} tracklets only; expected "
+                                    "both modalities: remove its rows")
     for direction, (query, gallery) in dataset.directions.items():
         there = {dataset.test[i].pid for i in gallery}
         alone = sum(dataset.test[i].pid not in there for i in query)
         if alone:
-            dataset.notes.append(f"{direction}: {alone} queries have no tracklet of their person in the gallery: not scored")
-        if not query or len(gallery) < 20:
-            dataset.problems.append(f"{direction}: {len(query)} queries and a gallery of {len(gallery)}; rank-20 needs at "
-                                    "least 1 and 20")
+            dataset.notes.append(f"{direction}: {alone} queries have no tracklet of their person in the "
+                                 "gallery: not scored")
+        if dataset.test and alone == len(query):
+            dataset.problems.append(f"{direction}: {len(query)} queries and a gallery of "
+                                    f"{len(gallery)}, without one right answer; expected some")
+
+
+def read_dataset(path, auxiliary=False):
+    """Recognises and reads the dataset at `path`; its .problems lists what is wrong. Raises UserError
+    if none is there."""
+    dataset = find_dataset(path)(auxiliary)
+    find_missing_frames(dataset)
+    check_identities(dataset)
     return dataset
 
 
@@ -376,69 +369,54 @@ def load_dataset(path, auxiliary=False):
     """read_dataset, refusing one that has problems. Raises UserError that names the first."""
     dataset = read_dataset(path, auxiliary)
     if dataset.problems:
-        more = f" ({len(dataset.problems)} problems; python data.py {path} lists them)" if len(dataset.problems) > 1 else ""
+        number, more = len(dataset.problems), ""
+        if number > 1:
+            more = f" ({number} problems; python data.py {path} lists them)"
         raise UserError(dataset.problems[0] + more)
     return dataset
 
 
 # ----------------------------------------------------------------- frames ----
 
-ANIMATED = re.compile(r"(.+\.(?:gif|tiff?|webp|apng|avifs?))#(\d+)", re.IGNORECASE | re.DOTALL)
+def chunks(n, T, rng=None):
+    """T of n frames, in order: of each of T equal chunks (ceil; the last frame repeated) the first,
+    or with rng (training) a random one."""
+    length = math.ceil(n / T)
+    within = 0 if rng is None else rng.integers(length, size=T)
+    return np.minimum(np.arange(T) * length + within, n - 1)
 
 
-def frame_indices(n, T, rng=None, rule="chunks"):
-    """T of n frames, in order. With rng (training): one random frame of each of T equal chunks (ceil; the last frame
-    repeated). Without: the first of each chunk, or by rule "linspace" every n/T-th, as each benchmark has it."""
-    if rule == "linspace" and rng is None:
-        return np.linspace(0, n, T, endpoint=False).astype(int)
-    chunk = math.ceil(n / T)
-    within = rng.integers(chunk, size=T) if rng is not None else 0
-    return np.minimum(np.arange(T) * chunk + within, n - 1)
+def linspace(n, T, rng=None):
+    """BUPTCampus' protocol: every n/T-th of n frames; in training as in chunks."""
+    return np.linspace(0, n, T, endpoint=False).astype(int) if rng is None else chunks(n, T, rng)
 
 
-def picture(image, size):
-    """An open image -> uint8 (3, H, W), upright, resized bilinearly.
-
-    Deeper ones than 8 bits, as thermal cameras write them, are stretched from their darkest to their brightest value."""
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode[0] in "IF":    # I, F, I;16 and its byte orders
-        deep = np.nan_to_num(np.asarray(image, np.float32))
-        image = Image.fromarray(((deep - deep.min()) * (255 / max(np.ptp(deep), 1e-6))).astype(np.uint8))
-    if "transparency" in image.info:
-        image = image.convert("RGBA")    # or pillow warns
-    if image.mode != "RGB":    # pillow would make a copy
-        image = image.convert("RGB")
-    if image.size != tuple(size[::-1]):
-        image = image.resize(size[::-1], Image.Resampling.BILINEAR)
-    rows = np.frombuffer(image.tobytes("raw", "RGB;L"), np.uint8)    # each its red, its green, its blue: quicker to sort than pixels
-    return torch.from_numpy(rows.reshape(size[0], 3, size[1]).swapaxes(0, 1).copy())
+def consecutive(n, T, rng=None):
+    """T successive ones of n frames, from the middle, or with rng from anywhere; of fewer than T the
+    last is repeated. [ours]"""
+    starts = max(1, n - T + 1)
+    start = starts // 2 if rng is None else rng.integers(starts)
+    return np.minimum(start + np.arange(T), n - 1)
 
 
-@functools.lru_cache(maxsize=1)
-def animation(path, size, modified):
-    """All pictures of an animated file: each builds on the one before, so reading one alone costs as much."""
-    with Image.open(path) as image:
-        return [picture(image.copy(), size) for image in ImageSequence.Iterator(image)]
+# (n, T, rng or None) -> T indices. A rule of your own goes here: --frame-rule NAME, in training and test.
+FRAME_RULES = {"chunks": chunks, "linspace": linspace, "consecutive": consecutive}
 
 
-def read_frame(path, size):
-    """One frame -> uint8 (3, H, W), see picture. Raises UserError that names an unreadable file."""
-    animated = ANIMATED.fullmatch(path)
-    try:
-        if animated:
-            return animation(animated[1], tuple(size), os.path.getmtime(animated[1]))[int(animated[2])]
-        with Image.open(path) as image:
-            return picture(image, size)
-    except Exception as error:    # pillow raises a dozen types for a bad file
-        raise UserError(f"{path} cannot be read as an image ({' '.join(str(error).split())[:120]}); "
-                        "download it again, or see python data.py for all such files") from None
+def frame_rule(config, dataset):
+    """The rule of a run, by name: its --frame-rule, or the one of the dataset's protocol. Raises
+    UserError."""
+    rule = config.frame_rule or dataset.test_frames
+    if rule not in FRAME_RULES:
+        raise UserError(f"--frame-rule {rule} is not known; expected one of {', '.join(FRAME_RULES)}")
+    return rule
 
 
 class Frames(torch.utils.data.Dataset):
     """tracklets[index] -> uint8 frames (T, 3, H, W), modality (0 visible, 1 infrared), index.
 
-    A key is an index (test), or (index, seed) where the seed alone decides which frames are drawn (training). cache: a Cache to
-    read them from."""
+    A key is an index (test), or (index, seed), where the seed alone decides which frames are drawn
+    (training). rule: a name of FRAME_RULES. cache: a support.footage.FrameCache to read from."""
 
     def __init__(self, tracklets, *, size, T, rule="chunks", cache=None):
         self.tracklets, self.size, self.T, self.rule, self.cache = tracklets, size, T, rule, cache
@@ -450,145 +428,120 @@ class Frames(torch.utils.data.Dataset):
         """The T frames that are drawn."""
         frames = self.tracklets[index].frames
         rng = None if seed is None else np.random.default_rng(seed)
-        return [frames[i] for i in frame_indices(len(frames), self.T, rng, self.rule)]
+        return [frames[i] for i in FRAME_RULES[self.rule](len(frames), self.T, rng)]
 
     def __getitem__(self, key):
         index, seed = key if isinstance(key, tuple) else (key, None)
         paths = self.paths(index, seed)
-        frames = self.cache.read(paths) if self.cache else torch.stack([read_frame(path, self.size) for path in paths])
-        return frames, int(self.tracklets[index].modality == INFRARED), index
-
-
-class Cache:
-    """--cache: the frames of all tracklets, resized to size (H, W), in one file: 64 hex digits that name them (their paths below root,
-    their sizes in bytes, H and W), then uint8 (N, 3, H, W), mapped into memory. Made where there is none. Raises UserError for a file that is another's."""
-
-    def __init__(self, path, tracklets, *, size, root, workers=0):
-        frames = list(dict.fromkeys(f for t in tracklets for f in t.frames))
-        self.path, self.shape, self.row, self.array = path, (len(frames), 3, *size), {f: i for i, f in enumerate(frames)}, None
-
-        try:    # folder by folder: half a million single look-ups would take minutes on NFS
-            entries = [entry for folder in dict.fromkeys(map(os.path.dirname, frames)) for entry in os.scandir(folder)]
-            bytes_of = {entry.path: entry.stat().st_size for entry in entries}
-            named = [(os.path.relpath(frame, root), bytes_of[frame]) for frame in frames]
-        except (OSError, KeyError) as error:
-            raise UserError(f"the training frames changed while --cache was made ({error}); start again") from None
-        name = hashlib.sha256(json.dumps([list(size), *named]).encode()).hexdigest().encode()
-
-        def write(file):
-            file.write(name)
-            loader = torch.utils.data.DataLoader(Frames([Tracklet((f,), -1, "", VISIBLE) for f in frames], size=size, T=1), batch_size=64,
-                                                 num_workers=workers, worker_init_fn=ignore_interrupts, generator=torch.Generator())
-            with tqdm(total=len(frames), desc=f"cache {path}", unit="frame") as bar:
-                for batch, *_ in loader:
-                    file.write(batch.numpy().tobytes())    # not through the mapping: a full disk would be a bus error there
-                    bar.update(len(batch))
-        if not os.path.lexists(path):
-            write_atomic(path, write)
-        try:
-            with open(path, "rb") as file:
-                if file.read(64) != name or os.path.getsize(path) != 64 + math.prod(self.shape):
-                    raise UserError(f"--cache {path} holds other frames, or another --size, or is cut short; expected the {len(frames):,} training "
-                                    f"frames at {size[0]}x{size[1]} as they are now: name another file, or remove this one")
-        except OSError as error:
-            raise UserError(f"--cache {path} cannot be read ({error}); expected a file, or a name that is free") from None
-
-    def read(self, paths):
-        """T paths -> uint8 (T, 3, H, W)."""
-        if self.array is None:    # each loader process maps it itself
-            self.array = np.memmap(self.path, np.uint8, "r", offset=64, shape=self.shape)
-        return torch.from_numpy(self.array[[self.row[path] for path in paths]])
-
-
-def ignore_interrupts(worker):
-    """For loader processes: Ctrl-C goes to the whole group, but what to do about it is for the main process to say."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if self.cache:
+            frames = self.cache.read(paths)
+        else:
+            frames = torch.stack([read_frame(path, self.size) for path in paths])
+        return frames, MODALITIES.index(self.tracklets[index].modality), index
 
 
 class IdentitySampler:
     """Batches of keys for Frames: P identities x K tracklets of each modality, the visible ones first.
 
-    The order is a function of seed and epoch (set .epoch) alone; .start leaves out the first steps of it. rank, world: every process draws the same P identities
-    and takes its own share. An identity with fewer than K tracklets of a modality repeats some."""
+    The order is a function of seed and epoch (set .epoch) alone. rank, world: every process draws the
+    same P identities and takes its own share. An identity with fewer than K tracklets of a modality
+    repeats some. Raises UserError if P cannot be drawn or shared."""
 
     def __init__(self, tracklets, *, P, K, steps, seed, rank=0, world=1):
         by_pid = defaultdict(lambda: {VISIBLE: [], INFRARED: []})
         for i, t in enumerate(tracklets):
             by_pid[t.pid][t.modality].append(i)
-        self.pids = [by_pid[pid] for pid in sorted(by_pid)]
-        if not 2 <= P <= len(self.pids):
-            raise UserError(f"--identities {P} a batch of {len(self.pids)} training identities; expected 2 to {len(self.pids)}")
+        self.identities = [by_pid[pid] for pid in sorted(by_pid)]
+        if not 2 <= P <= len(self.identities):
+            raise UserError(f"--identities {P} a batch of {len(self.identities)} training identities; "
+                            f"expected 2 to {len(self.identities)}")
         if P % world:
-            raise UserError(f"--identities {P} cannot be shared by {world} processes; expected a multiple of {world}")
-        self.P, self.K, self.steps, self.seed, self.rank, self.world, self.epoch = P, K, steps, seed, rank, world, 0
-        self.start = 0
+            raise UserError(f"--identities {P} cannot be shared by {world} processes; expected a "
+                            f"multiple of {world}")
+        self.P, self.K, self.steps, self.seed = P, K, steps, seed
+        self.rank, self.world, self.epoch = rank, world, 0
 
     def __len__(self):
-        return self.steps - self.start
+        return self.steps
 
     def __iter__(self):
         rng = np.random.default_rng([self.seed, self.epoch])
-        for step in range(self.steps):
+        for _ in range(self.steps):
             keys = {VISIBLE: [], INFRARED: []}
-            for p, identity in enumerate(rng.choice(len(self.pids), self.P, replace=False)):
-                for modality, indices in self.pids[identity].items():
-                    if len(indices) >= self.K:
-                        chosen = rng.choice(indices, self.K, replace=False)
-                    else:    # all of them, and some again
-                        chosen = np.append(rng.permutation(indices), rng.choice(indices, self.K - len(indices)))
-                    seeds = rng.integers(2 ** 31, size=self.K)
+            drawn = rng.choice(len(self.identities), self.P, replace=False)
+            for p, identity in enumerate(drawn):
+                for modality, indices in self.identities[identity].items():
+                    tracklets = self.draw(indices, rng)
+                    frame_seeds = rng.integers(2 ** 31, size=self.K)
                     if p % self.world == self.rank:
-                        keys[modality] += [(int(i), int(s)) for i, s in zip(chosen, seeds)]
-            if step >= self.start:
-                yield keys[VISIBLE] + keys[INFRARED]
+                        pairs = zip(tracklets.tolist(), frame_seeds.tolist(), strict=True)
+                        keys[modality] += pairs
+            yield keys[VISIBLE] + keys[INFRARED]
+
+    def draw(self, indices, rng):
+        """K of an identity's tracklets; where there are fewer, all of them and some again."""
+        if len(indices) >= self.K:
+            return rng.choice(indices, self.K, replace=False)
+        return np.append(rng.permutation(indices), rng.choice(indices, self.K - len(indices)))
 
 
 # ----------------------------------------------------------- augmentation ----
 
-@functools.lru_cache
-def constant(values, device):
-    """Numbers (nested tuples) as a tensor, made once for each device: making one on a GPU waits for the GPU."""
-    with torch.inference_mode(False):
-        return torch.tensor(values, device=device)
+MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])    # ImageNet's
+GRAY = torch.tensor([0.2989, 0.5870, 0.1140])
+# The release fills with these after normalisation: slightly bright, not the mean. Kept.
+ERASED = torch.tensor([0.4914, 0.4822, 0.4465])
 
 
 def normalise(frames, channels=slice(None)):
-    """uint8 (..., 3, H, W), or those of the channels that are there -> float32, ImageNet mean 0 and deviation 1."""
-    mean, std = (constant(values, frames.device)[channels, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    """uint8 (..., 3, H, W), or those of the channels that are there -> float32, mean 0, deviation 1."""
+    mean = MEAN[channels, None, None].to(frames.device)
+    std = STD[channels, None, None].to(frames.device)
     return (frames / 255).sub_(mean).div_(std)
 
 
 def augment(frames, modality, rng, erase=0.5):
-    """uint8 (B, T, 3, H, W), modality (B,), numpy Generator -> normalised float32, all frames of a tracklet alike.
+    """uint8 (B, T, 3, H, W), modality (B,), numpy Generator -> normalised float32, all frames of a
+    tracklet alike.
 
-    Pad + random crop, flip, random erasing (with probability `erase`); then one channel copied to all three for half of the visible tracklets,
-    and for infrared a channel (3 of 4) or the gray mix (1 of 8). The numbers are drawn on the CPU: no device sync."""
+    Pad + random crop, flip, random erasing (with probability `erase`); then one channel copied to all
+    three for half of the visible tracklets, and for infrared a channel (3 of 4) or the gray mix (1 of
+    8). The numbers are drawn on the CPU: a GPU is not waited for."""
     B, T, C, H, W = frames.shape
     pad = round(10 * H / 256)
     crops = [(*rng.integers(2 * pad + 1, size=2), rng.random() < 0.5) for _ in range(B)]
+    gray = GRAY[:, None, None].to(frames.device)
+    fill = ERASED[:, None, None].to(frames.device)
     out = torch.empty(frames.shape, device=frames.device)
-    # The release fills with these numbers after normalisation: slightly bright, not the mean. Kept.
-    fill, gray = (constant(values, frames.device)[:, None, None] for values in ((0.4914, 0.4822, 0.4465), (0.2989, 0.5870, 0.1140)))
-    for b, (infrared, (top, left, flipped)) in enumerate(zip(modality.tolist(), crops)):    # one tracklet at a time stays in a CPU's cache
+    for b, is_infrared in enumerate(modality.tolist()):    # one tracklet stays in a CPU's cache
+        top, left, is_flipped = crops[b]
         box = erased_box(H, W, rng) if rng.random() < erase else None
-        channel, mix = rng.integers(4 if infrared else 6), rng.random() < 0.5
+        channel = rng.integers(4 if is_infrared else 6)
+        is_mixed = rng.random() < 0.5 and channel == 3 and is_infrared
         used = slice(channel, channel + 1) if channel < 3 else slice(None)
-        tracklet = F.pad(frames[b, :, used], (pad,) * 4)[..., top:top + H, left:left + W]    # black, before normalisation
-        tracklet = normalise(tracklet.flip(-1) if flipped else tracklet, used)
+
+        padded = F.pad(frames[b, :, used], (pad, pad, pad, pad))    # black, before normalisation
+        tracklet = padded[..., top:top + H, left:left + W]
+        tracklet = normalise(tracklet.flip(-1) if is_flipped else tracklet, used)
         if box:
             y, x, h, w = box
             tracklet[..., y:y + h, x:x + w] = fill[used]
-        out[b] = (tracklet * gray).sum(1, keepdim=True) if channel == 3 and infrared and mix else tracklet    # one channel fills all three
+        if is_mixed:
+            tracklet = (tracklet * gray).sum(1, keepdim=True)
+        out[b] = tracklet    # one channel fills all three
     return out
 
 
 def erased_box(H, W, rng):
-    """Random erasing's rectangle (y, x, h, w): 2-40 % of the area, aspect 0.3-3.3. None if 100 tries do not fit."""
+    """Random erasing's rectangle (y, x, h, w): 2-40 % of the area, aspect 0.3-3.3. None if 100 tries
+    do not fit."""
     for _ in range(100):
-        area, aspect = rng.uniform(0.02, 0.4) * H * W, rng.uniform(0.3, 1 / 0.3)
+        area = rng.uniform(0.02, 0.4) * H * W
+        aspect = rng.uniform(0.3, 1 / 0.3)
         h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < h < H and 0 < w < W:
             return rng.integers(H - h + 1), rng.integers(W - w + 1), h, w
+    return None
 
 
 # ---------------------------------------------------- python data.py PATH ----
@@ -601,30 +554,38 @@ def check_frame(path):
         return str(error).split(";")[0]
 
 
+def print_statistics(dataset):
+    say(f"{dataset.name} in {printable(dataset.root)}\n")
+    say(f"{'split':<8}{'modality':<10}{'identities':>10}{'tracklets':>11}{'frames':>10}  cameras")
+    for split, tracklets in (("train", dataset.train), ("test", dataset.test)):
+        for modality in MODALITIES:
+            mine = [t for t in tracklets if t.modality == modality]
+            people, frames = len({t.pid for t in mine}), sum(len(t.frames) for t in mine)
+            cameras = sorted({t.camera for t in mine}, key=lambda camera: (len(camera), camera))
+            say(f"{split:<8}{modality:<10}{people:>10,}{len(mine):>11,}{frames:>10,}  {len(cameras)}: "
+                + printable(" ".join(cameras)))
+    for direction, (query, gallery) in dataset.directions.items():
+        say(f"{direction}: {len(query):,} queries, {len(gallery):,} gallery tracklets")
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Statistics and every problem of a dataset; exit code 0 if it is usable.")
-    parser.add_argument("path", help="HITSZ-VCM (any layout) or BUPTCampus")
-    parser.add_argument("--auxiliary", choices=("on", "off"), default="off", help="BUPTCampus: count its auxiliary training set too")
+    parser = Parser(description="Statistics and every problem of a dataset; exit code 0 if it is usable.")
+    parser.add_argument("path", metavar="PATH", help="HITSZ-VCM (any layout) or BUPTCampus")
+    parser.add_argument("--auxiliary", choices=("on", "off"), default="off",
+                        help="BUPTCampus: count its auxiliary training set too")
     args = parser.parse_args()
     dataset = read_dataset(args.path, args.auxiliary == "on")
-    print(f"{dataset.name} in {dataset.root}\n\n{'split':<8}{'modality':<10}{'identities':>10}{'tracklets':>11}{'frames':>10}  cameras")
-    for split in ("train", "test"):
-        for modality in (VISIBLE, INFRARED):
-            ts = [t for t in getattr(dataset, split) if t.modality == modality]
-            cameras = sorted({t.camera for t in ts}, key=lambda c: (len(c), c))
-            print(f"{split:<8}{modality:<10}{len({t.pid for t in ts}):>10,}{len(ts):>11,}"
-                  f"{sum(len(t.frames) for t in ts):>10,}  {len(cameras)}: {' '.join(cameras)}")
-    for direction, (query, gallery) in dataset.directions.items():
-        print(f"{direction}: {len(query):,} queries, {len(gallery):,} gallery tracklets")
-    missing = set(dataset.missing)
-    frames = [f for f in dict.fromkeys(f for t in dataset.train + dataset.test for f in t.frames) if f not in missing]
+    print_statistics(dataset)
+    missing, everything = set(dataset.missing), dataset.train + dataset.test
+    frames = dict.fromkeys(frame for t in everything for frame in t.frames if frame not in missing)
     with multiprocessing.Pool(os.cpu_count()) as pool:
-        dataset.problems += filter(None, tqdm(pool.imap(check_frame, frames, 64), "reading", len(frames), unit="frame"))
+        checked = pool.imap(check_frame, frames, chunksize=64)
+        dataset.problems += filter(None, progress(checked, "reading", total=len(frames)))
     for note in dataset.notes:
-        print("note:", note)
+        say("note: " + printable(note))
     for problem in dataset.problems:
-        print("problem:", problem)
-    print(f"{len(dataset.problems)} problems" if dataset.problems else "no problems: usable")
+        say("problem: " + printable(problem))
+    say(f"{len(dataset.problems)} problems" if dataset.problems else "no problems: usable")
     return 2 if dataset.problems else 0
 
 

@@ -1,78 +1,103 @@
-"""Evaluation: every test tracklet embedded once, both directions ranked, CMC, mAP and mINP; or a search in one's own footage.
+"""Evaluation: test tracklets embedded once, both directions ranked; or a search in one's own footage.
 
-    python evaluate.py --checkpoint RUN [--data PATH]                    a run of train.py
-    python evaluate.py --official DIR --data PATH                        the authors' three files
-    python evaluate.py --checkpoint RUN --query DIR --gallery DIR        who of the gallery is this? (a FILE.npz of --save goes too)
+    python evaluate.py --checkpoint RUN [--data PATH]                a run of train.py
+    python evaluate.py --official DIR --data PATH                    the authors' three files
+    python evaluate.py --checkpoint RUN --query DIR --gallery DIR    who of the gallery is this?
 
-    test tracklets -> embed -> (N, parts, dim) --+-- infrared->visible: query x gallery distances -> ranks -> results
-                                                 +-- visible->infrared: the same embeddings, roles swapped
-    own footage    -> embed -> FILE.npz -> read piece by piece -> the nearest of each query
+    test tracklets -> embed -> (N, parts, dim) --+-- infrared->visible: distances -> ranks -> results
+                                                 +-- visible->infrared: the same, roles swapped
+    own footage    -> embed -> FILE.npz, read piece by piece -> the nearest of each query
 
-How embeddings become ranks stands in ranking.py, how pictures are drawn in pictures.py.
+How embeddings become ranks stands in support/ranking.py, how pictures are drawn in pictures.py there.
 
-Quick question: why is every test tracklet embedded once, though each takes part in both directions? (Its embedding does not
-depend on who asks. A loader per direction, as is usual, does the same work twice.)
+Quick question: why is every test tracklet embedded once, though each takes part in both directions?
+(Its embedding does not depend on who asks. A loader per direction does the same work twice.)
 
-Ours, not the paper's: the silhouettes' IoU where true masks are at hand; float32 (on CUDA with cuDNN's TF32 convolutions, except
-for --official); --rerank, --all-frames and the search in one's own footage.
+Ours, not the paper's: the silhouettes' IoU where true masks are at hand; float32 (on CUDA with
+cuDNN's TF32 convolutions, except for --official); --rerank, --all-frames, the search.
 """
-import argparse
-import ctypes
-import json
 import math
 import os
-import tempfile
 import time
-from datetime import timedelta
-from types import SimpleNamespace
+from dataclasses import dataclass, fields, make_dataclass
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+from data import (DIRECTIONS, INFRARED, MODALITIES, VISIBLE, Dataset, Frames, FRAME_RULES, Tracklet,
+                  frame_rule, load_dataset, normalise)
+from support.files import (UserError, check_writable, printable, write_atomic, write_json,
+                           write_picture)
+from support.footage import ANIMATED, find_footage, ignore_interrupts, read_frame
+from support.options import (Bar, Parser, add_options, check_ranges, cli, given_options, load_method,
+                             option, say, stored_config)
+from support.parallel import collect_in_first, join, leave, processes
+from support.pictures import draw_ranking, draw_silhouettes, evenly
+from support.ranking import (Labels, StoredGallery, as_integers, distances, fingerprint, matches,
+                             nearest, rerank, score, write_gallery)
+from support.weights import read_checkpoint, rebuild
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from tqdm import tqdm
-
-import lsmrl
-import model as dinogrl
-from data import (INFRARED, VISIBLE, Dataset, Frames, Tracklet, UserError, cli, frame_indices, ignore_interrupts, load_dataset, normalise, processes,
-                  write_atomic)
-from footage import read_footage
-from pictures import draw_ranking, draw_silhouettes, evenly, samples, silhouette_iou
-from ranking import Stored, codes, distances, fingerprint, matches, nearest, rerank, score, write_embeddings
-from sasgl import fill, read_tensors
-
-# method: (build(config, classes, pretrained) -> model, its options)
-METHODS = {"dinogrl": (dinogrl.build, dinogrl.Options), "lsmrl": (lsmrl.build, lsmrl.Options)}
+import torch.nn.functional as F
 
 LONGEST = 20    # ranked tracklets that a picture can hold
+MOST_ROWS = 50    # queries in a picture of a search
 
 
-# ------------------------------------------------------------------ evaluation ----
+@dataclass
+class Reading:
+    """The choices of a run that an evaluation needs too; train.Config adds the others."""
+    data: str = option("", "HITSZ-VCM or BUPTCampus folder; without it walkers are made under runs/ "
+                       "and learned", group="data")
+    size: tuple = option((256, 128), "height and width of the frames; the maps' rows are cut into "
+                         "strips", 1, 4096, group="data")
+    frames: int = option(6, "frames per tracklet; more helps a little and costs in proportion",
+                         1, 1024, group="data")
+    frame_rule: str = option("", f"which frames: {', '.join(FRAME_RULES)}; none: as the dataset's "
+                             "protocol has it", group="data")
+    workers: int = option(min(8, os.cpu_count() or 1), "loader processes; raise it if the GPU waits, 0 "
+                          "where reading is nothing beside a CPU's step", 0, 256, group="data")
+    test_batch: int = option(32, "tracklets at a time in evaluation; lower it if memory runs out",
+                             1, 4096, group="data")
+    device: str = option("", "cuda, cuda:1, cpu; default: cuda if there is one", group="run")
+
+
+# ------------------------------------------------------------- embeddings ----
 
 def clips(tracklet, T, rule="chunks"):
-    """--all-frames: a tracklet of n frames -> ceil(n / T) of T frames each, which together hold every frame. Clip j takes the j-th frame
-    of each of T chunks, so that each spans the whole walk, as the clips of training do; clip 0 is the usual one. [ours]"""
+    """--all-frames: a tracklet of n frames -> ceil(n / T) of T frames each, which together hold every
+    frame. Clip j takes the j-th frame of each of T chunks, so that each spans the whole walk, as the
+    clips of training do; clip 0 is the usual one. [ours]"""
     n = len(tracklet.frames)
-    return [Tracklet(tuple(tracklet.frames[min(i + j, n - 1)] for i in frame_indices(n, T, rule=rule)), tracklet.pid, tracklet.camera,
-                     tracklet.modality) for j in range(math.ceil(n / T))]
+    starts = FRAME_RULES[rule](n, T)
+    made = []
+    for j in range(math.ceil(n / T)):
+        frames = tuple(tracklet.frames[min(start + j, n - 1)] for start in starts)
+        made.append(Tracklet(frames, tracklet.pid, tracklet.camera, tracklet.modality))
+    return made
 
 
 @torch.inference_mode()
 def embed_tracklets(model, tracklets, config, device, rule="chunks", all_frames=False):
-    """Yields each tracklet's embedding (parts, dim), in order, float32 on the CPU; all_frames: the mean over its clips."""
+    """Yields each tracklet's embedding (parts, dim), in order, float32 on the CPU; all_frames: the
+    mean over its clips."""
     model.eval()
-    parts_of = [clips(t, config.frames, rule) if all_frames else [t] for t in tracklets]
+    clips_of = [clips(t, config.frames, rule) if all_frames else [t] for t in tracklets]
+    frames_of = Frames([clip for group in clips_of for clip in group], size=config.size,
+                       T=config.frames, rule=rule)
     loader = torch.utils.data.DataLoader(
-        Frames([clip for parts in parts_of for clip in parts], size=config.size, T=config.frames, rule=rule),
-        batch_size=config.test_batch, num_workers=config.workers, pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_interrupts, generator=torch.Generator())
-    with tqdm(total=len(tracklets), desc="embedding", unit="tracklet", leave=False, disable=processes()[0] > 0) as bar:
-        waiting, done = [], 0
+        frames_of, batch_size=config.test_batch, num_workers=config.workers,
+        pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupts,
+        generator=torch.Generator())
+    waiting, done = [], 0
+    with Bar("embedding", len(tracklets), hidden=processes()[0] > 0) as bar:
         for frames, modality, _ in loader:
-            waiting += model.embed(normalise(frames.to(device, non_blocking=True)), modality).cpu()
-            while done < len(tracklets) and len(waiting) >= len(parts_of[done]):
-                n = len(parts_of[done])
-                yield torch.stack(waiting[:n]).mean(0)
-                del waiting[:n]
+            frames = normalise(frames.to(device, non_blocking=True))
+            waiting += model.embed(frames, modality).cpu()
+            while done < len(tracklets) and len(waiting) >= len(clips_of[done]):
+                number = len(clips_of[done])
+                yield torch.stack(waiting[:number]).mean(0)
+                del waiting[:number]
                 done += 1
                 bar.update()
 
@@ -81,282 +106,495 @@ def stacked(embeddings, N):
     """N embeddings (parts, dim), one after the other -> (N, parts, dim)."""
     result = None
     for i, embedding in enumerate(embeddings):
-        result = torch.empty(N, *embedding.shape) if result is None else result
+        if result is None:
+            result = torch.empty(N, *embedding.shape)
         result[i] = embedding
     return result
 
 
 def embed_shared(model, tracklets, config, device, **how):
-    """embed_tracklets, each process taking its share -> (N, parts, dim) in process 0, None in the others."""
+    """embed_tracklets, each process taking its share -> (N, parts, dim) in process 0, None in the
+    others."""
     rank, world = processes()
-    shares = [len(share) for share in np.array_split(np.arange(len(tracklets)), world)]
-    first = sum(shares[:rank])
-    mine = stacked(embed_tracklets(model, tracklets[first:first + shares[rank]], config, device, **how), shares[0])    # the first is the largest
-    if world == 1:
-        return mine
-    mine = mine.to(device)
-    everyone = [torch.empty_like(mine) for _ in shares] if rank == 0 else None
-    dist.gather(mine, everyone)
-    return torch.cat([part[:n] for part, n in zip(everyone, shares)]).cpu() if rank == 0 else None
+    shares = np.array_split(np.arange(len(tracklets)), world)
+    mine = [tracklets[i] for i in shares[rank]]
+    longest = len(shares[0])    # the first is: all send as many rows
+    rows = stacked(embed_tracklets(model, mine, config, device, **how), longest)
+    collected = collect_in_first(rows, device)
+    if collected is None:
+        return None
+    parts = [part[:len(share)] for part, share in zip(collected, shares, strict=True)]
+    return torch.cat(parts).cpu()
 
 
-def evaluate(model, dataset, config, device, *, reranked=False, all_frames=False, top=0):
-    """-> the results of both directions with the silhouettes' IoU (results.json without its head), the embeddings, and for
-    draw_ranking the `top` nearest of four queries of each direction, evenly taken. In all processes but the first: None."""
-    embeddings = embed_shared(model, dataset.test, config, device, rule=dataset.test_frames, all_frames=all_frames)
+# -------------------------------------------------------------- evaluation ----
+
+class Direction:
+    """One direction of a dataset: its queries against its gallery."""
+
+    def __init__(self, name, dataset, embeddings, device, reranked=False):
+        query, gallery = dataset.directions[name]
+        self.name, self.dataset, self.device = name, dataset, device
+        self.query, self.gallery = torch.tensor(query), torch.tensor(gallery)
+        self.query_parts = embeddings[self.query]
+        self.gallery_parts = embeddings[self.gallery].to(device)
+        pid, = as_integers([t.pid for t in dataset.test])
+        camera, = as_integers([t.camera for t in dataset.test])
+        self.labels = []
+        for side in (self.query, self.gallery):
+            its_camera = camera[side] if dataset.ignore_same_camera else None
+            self.labels.append(Labels(pid[side], its_camera))
+        self.reranked = None
+        if reranked:
+            everyone = torch.cat([self.query_parts.to(device), self.gallery_parts])
+            self.reranked = rerank(distances(everyone, everyone), len(query))
+
+    def distance(self, rows):
+        """rows: indices of queries -> (len(rows), G)."""
+        if self.reranked is not None:
+            return self.reranked[rows.to(self.device)]
+        return distances(self.query_parts[rows].to(self.device), self.gallery_parts)
+
+    def score(self):
+        return score(self.distance, *self.labels)
+
+    def ranked(self, row, top):
+        """-> the query's tracklet, and the `top` nearest as (distance, tracklet), without those that
+        the protocol ignores."""
+        rows = torch.tensor([row])
+        _, counts = matches(*self.labels, rows)
+        distance = self.distance(rows)[0].cpu().masked_fill(~counts[0], torch.inf)
+        found = []
+        for place in distance.argsort(stable=True)[:top].tolist():
+            if distance[place] < math.inf:
+                found.append((distance[place].item(), self.dataset.test[self.gallery[place]]))
+        return self.dataset.test[self.query[row]], found
+
+
+def evaluate(model, dataset, config, device, *, reranked=False, all_frames=False):
+    """-> the results of both directions with the silhouettes' IoU (results.json without its head),
+    the embeddings (N, parts, dim), and both Directions. In all processes but the first: None."""
+    rule = frame_rule(config, dataset)
+    embeddings = embed_shared(model, dataset.test, config, device, rule=rule, all_frames=all_frames)
     if embeddings is None:
         return None, None, None
-    pid, camera = codes([t.pid for t in dataset.test])[0], codes([t.camera for t in dataset.test])[0]
-    results, lists, words = {}, [], label({"rerank": reranked, "all_frames": all_frames})
-    for direction, (query, gallery) in dataset.directions.items():
-        query, gallery = torch.tensor(query), torch.tensor(gallery)
-        gallery_parts = embeddings[gallery].to(device)
-        if reranked:
-            everyone = torch.cat([embeddings[query].to(device), gallery_parts])
-            distance = rerank(distances(everyone, everyone), len(query))
-            del everyone
-        distance_of = lambda rows: distance[rows.to(device)] if reranked else distances(embeddings[query[rows]].to(device), gallery_parts)
-        sides = [(pid[side], camera[side] if dataset.ignore_same_camera else None) for side in (query, gallery)]
-        results[direction] = score(distance_of, *sides)
-        for row in evenly(range(len(query)), 4) if top else []:
-            rows = torch.tensor([row])
-            q, found = dataset.test[query[row]], distance_of(rows)[0].cpu().masked_fill(~matches(*sides, rows)[1][0], torch.inf)
-            ranked = [(f"{t.camera}, person {t.pid}", t.frames, d, t.pid == q.pid)
-                      for d, t in ((found[g].item(), dataset.test[gallery[g]]) for g in found.argsort(stable=True)[:min(top, LONGEST)]) if d < math.inf]
-            lists.append((f"{direction}{f', {words}' * bool(words)}: {q.camera}, person {q.pid}", q.frames, ranked))
-    return {"directions": results, "silhouette_iou": silhouette_iou(model, dataset, config, device)}, embeddings, lists
+    directions = [Direction(name, dataset, embeddings, device, reranked) for name in DIRECTIONS]
+    results = {"directions": {direction.name: direction.score() for direction in directions},
+               "silhouette_iou": silhouette_iou(model, dataset, config, device)}
+    return results, embeddings, directions
 
 
-def setting(config, all_frames):
-    """What an embedding was made of, in words."""
-    return f"all frames, {config.frames} at a time" if all_frames else f"{config.frames} frames of each tracklet"
+def ranked_lists(directions, top, words):
+    """Rows for draw_ranking: four queries of each direction, evenly taken. words: what is special."""
+    lists = []
+    for direction in directions:
+        for row in evenly(range(len(direction.query)), 4):
+            query, found = direction.ranked(row, min(top, LONGEST))
+            ranked = [(f"{t.camera}, person {t.pid}", t.frames, distance, t.pid == query.pid)
+                      for distance, t in found]
+            title = f"{direction.name}{words}: {query.camera}, person {query.pid}"
+            lists.append((title, query.frames, ranked))
+    return lists
 
 
-def label(options):
+def speciality(rerank=False, all_frames=False):
     """Results of --rerank and --all-frames are no plain ones, and say so."""
-    return ", ".join(words for key, words in (("rerank", "re-ranked (k-reciprocal)"), ("all_frames", "all frames")) if options.get(key))
+    words = ["re-ranked (k-reciprocal)"] * rerank + ["all frames"] * all_frames
+    return ", ".join(words)
 
 
 def table(results):
-    """Results -> the table as text, in per cent."""
-    figures = "rank-1", "rank-5", "rank-10", "rank-20", "mAP", "mINP"
-    special = label(results)
-    lines = [f"{special}:"] * bool(special) + [f"{'':20}" + "".join(f"{k:>9}" for k in (*figures, "queries", "gallery"))]
-    for direction, r in results["directions"].items():
-        lines.append(f"{direction:20}" + "".join(f"{100 * r[k]:9.2f}" for k in figures) + f"{r['queries']:9,}{r['gallery']:9,}")
+    """Results -> the table as text, in per cent. Ranks beyond a gallery have no column."""
+    directions = results["directions"]
+    everywhere = [set(r) for r in directions.values()]
+    names = ("rank-1", "rank-5", "rank-10", "rank-20", "mAP", "mINP")
+    names = [name for name in names if all(name in r for r in everywhere)]
+    special = speciality(results.get("rerank", False), results.get("all_frames", False))
+    lines = [f"{special}:"] if special else []
+    heads = "".join(f"{name:>9}" for name in (*names, "queries", "gallery"))
+    lines.append(f"{'':20}{heads}")
+    for direction, r in directions.items():
+        figures = "".join(f"{100 * r[name]:9.2f}" for name in names)
+        lines.append(f"{direction:20}{figures}{r['queries']:9,}{r['gallery']:9,}")
     if results.get("silhouette_iou") is not None:
         lines.append(f"silhouette IoU against the true masks: {results['silhouette_iou']:.3f}")
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------- search ----
+# -------------------------------------------------------------- silhouettes ----
+
+class Seen(NamedTuple):
+    """A tracklet as SASGL sees it, for draw_silhouettes: frames uint8 (T,3,H,W), body and silhouette
+    (T,h,w), codes (T,16,h,w), true masks bool (T,H,W) or None, their IoU (T,) or None."""
+    title: str
+    frames: torch.Tensor
+    body: torch.Tensor
+    silhouette: torch.Tensor
+    denoising: torch.Tensor
+    appearance: torch.Tensor
+    masks: torch.Tensor | None
+    iou: torch.Tensor | None
+
+
+def true_mask(root, frame, size):
+    """The true silhouette of a frame, bool (H, W), where the dataset at `root` has masks/ (walkers
+    do); else None."""
+    name = os.path.splitext(os.path.relpath(frame, root))[0] + ".png"
+    path = os.path.join(root, "masks", name)
+    return read_frame(path, size)[0] > 127 if os.path.isfile(path) else None
+
+
+def title_of(tracklet):
+    first = tracklet.frames[0]
+    animated = ANIMATED.fullmatch(first)
+    own = os.path.basename(animated[1] if animated else os.path.dirname(first))
+    who = f"{tracklet.camera}, person {tracklet.pid}" if tracklet.pid >= 0 else own
+    return f"{tracklet.modality} {who}"
+
+
+@torch.inference_mode()
+def look_at(model, dataset, tracklets, config, device):
+    """Yields a Seen for each tracklet. IoU: intersection over union of silhouette (>= 0.5, at the
+    frames' size) and true mask."""
+    model.eval()
+    rule = frame_rule(config, dataset)
+    frames_of = Frames(tracklets, size=config.size, T=config.frames, rule=rule)
+    for i, tracklet in enumerate(tracklets):
+        frames = frames_of[i][0]
+        codes = model.sasgl.encode(normalise(frames.to(device)))
+        masks = [true_mask(dataset.root, path, config.size) for path in frames_of.paths(i)]
+        masks = None if any(mask is None for mask in masks) else torch.stack(masks)
+        iou = None
+        if masks is not None:
+            silhouette = F.interpolate(codes.silhouette[:, None], config.size, mode="bilinear",
+                                       align_corners=False)
+            body = silhouette[:, 0].cpu() >= 0.5
+            both, either = (body & masks).sum((1, 2)), (body | masks).sum((1, 2))
+            iou = both / either.clamp(min=1)
+        yield Seen(title_of(tracklet), frames, codes.body, codes.silhouette, codes.denoising,
+                   codes.appearance, masks, iou)
+
+
+def has_silhouettes(model):
+    return getattr(model, "sasgl", None) is not None
+
+
+def silhouette_iou(model, dataset, config, device, tracklets=32):
+    """Mean IoU of silhouette and true mask over the frames of `tracklets` test tracklets evenly taken;
+    None without masks or without silhouettes."""
+    if not has_silhouettes(model) or not os.path.isdir(os.path.join(dataset.root, "masks")):
+        return None
+    seen = look_at(model, dataset, evenly(dataset.test, tracklets), config, device)
+    ious = [one.iou for one in seen if one.iou is not None]
+    return torch.cat(ious).mean().item() if ious else None
+
+
+def silhouette_sheet(model, dataset, config, device, each=2):
+    """What the model sees in `each` test tracklets of either modality -> a PIL image."""
+    chosen = []
+    for modality in MODALITIES:
+        chosen += evenly([t for t in dataset.test if t.modality == modality], each)
+    return draw_silhouettes(list(look_at(model, dataset, chosen, config, device)))
+
+
+# ------------------------------------------------------------------ search ----
+
+def setting(config, all_frames):
+    """What an embedding was made of, in words."""
+    if all_frames:
+        return f"all frames, {config.frames} at a time"
+    return f"{config.frames} frames of each tracklet"
+
+
+def own_tracklets(path, modality):
+    """A user's own footage -> {name: Tracklet}; nobody knows whose they are."""
+    return {name: Tracklet(frames, -1, "", modality) for name, frames in find_footage(path).items()}
+
+
+def save_embeddings(path, names, tracklets, embeddings, model, setting):
+    """Writes a FILE.npz, atomically. embeddings: one after the other."""
+    chunks = FRAME_RULES["chunks"]
+    shown = [[os.path.abspath(t.frames[i]) for i in chunks(len(t.frames), 4)] for t in tracklets]
+    columns = {"name": names, "pid": [t.pid for t in tracklets],
+               "camera": [t.camera for t in tracklets], "modality": [t.modality for t in tracklets],
+               "frame": [t.frames[0] for t in tracklets], "shown": shown,
+               "model": [fingerprint(model)], "setting": [setting]}
+    write_atomic(path, lambda file: write_gallery(file, columns, embeddings))
+
+
+def open_gallery(args, model, config, device, scratch):
+    """--gallery -> StoredGallery: the FILE.npz itself, or a folder embedded into --save or into the
+    scratch folder. Raises UserError for one that another model or setting has made."""
+    how, path = setting(config, args.all_frames), args.gallery
+    if not args.kept:
+        path = args.save or os.path.join(scratch, "gallery.npz")
+        gallery = own_tracklets(args.gallery, args.gallery_modality or VISIBLE)
+        embeddings = embed_tracklets(model, list(gallery.values()), config, device,
+                                     all_frames=args.all_frames)
+        save_embeddings(path, list(gallery), list(gallery.values()), embeddings, model, how)
+    stored = StoredGallery(path)
+    if args.kept and stored.model != fingerprint(model):
+        raise UserError(f"{path} was embedded by another model; expected the one of "
+                        f"{args.checkpoint or args.official}: embed the gallery again")
+    if stored.setting != how:
+        raise UserError(f"{path} was embedded from {stored.setting}, the queries from {how}; expected "
+                        "the same: see --frames and --all-frames")
+    return stored
+
 
 def search(args, model, config, device):
-    """--query and --gallery (args.kept: it is a FILE.npz): prints the ranked list of each query -> what --json writes, without its head.
-    Raises UserError."""
-    queries = read_footage(args.query, args.query_modality) if args.query else {}
-    embed = lambda tracklets: embed_tracklets(model, list(tracklets.values()), config, device, all_frames=args.all_frames)
-    how = setting(config, args.all_frames)
-    with tempfile.TemporaryDirectory() as scratch:
-        file = args.gallery if args.kept else args.save or os.path.join(scratch, "gallery.npz")
-        if not args.kept:
-            gallery = read_footage(args.gallery, args.gallery_modality or VISIBLE)
-            write_atomic(file, lambda open_file: write_embeddings(open_file, list(gallery), list(gallery.values()), embed(gallery), model, how))
-        stored = Stored(file)
-        if args.kept and stored.model != fingerprint(model):
-            raise UserError(f"{file} was embedded by another model; expected the one of {args.checkpoint or args.official}: embed the gallery again")
-        if stored.setting != how:
-            raise UserError(f"{file} was embedded from {stored.setting}, the queries from {how}; expected the same: see --frames and --all-frames")
+    """--query and --gallery: prints the ranked list of each query -> what --json writes, without its
+    head. Raises UserError."""
+    queries = own_tracklets(args.query, args.query_modality) if args.query else {}
+    with TemporaryDirectory() as scratch:
+        stored = open_gallery(args, model, config, device, scratch)
         if args.save:
-            print(f"{stored.shape[0]:,} tracklets embedded in {args.save}")
+            say(f"{stored.shape[0]:,} tracklets embedded in {printable(args.save)}")
         if not queries:
             return None
-        rows = max(1, 2 ** 24 // math.prod(stored.shape[1:]))    # 64 MB of float32
-        piece = lambda start, stop: torch.from_numpy(stored.rows("embedding", start, stop)).to(device)
-        results = nearest(stacked(embed(queries), len(queries)).to(device), piece, stored.shape[0], args.top, rows)
-        found, lists = [], []
-        print(f"{label(vars(args))}:\n" * args.all_frames, end="")
-        for (name, t), distance, index in zip(queries.items(), *(x.tolist() for x in results)):
-            print(f"{name} ({t.modality}, {len(t.frames)} frame{'s' * (len(t.frames) > 1)}), the nearest of {stored.shape[0]:,}:")
-            ranked = [(d, *(stored.rows(column, g, g + 1)[0].tolist() for column in ("name", "modality", "shown"))) for d, g in zip(distance, index)]
-            for r, (d, other, modality, _) in enumerate(ranked, 1):
-                print(f"{r:6}{d:12.4f}  {modality:10}{other}")
-            found.append({"query": name, "modality": t.modality, "frames": len(t.frames),
-                          "ranked": [{"tracklet": other, "modality": modality, "distance": d} for d, other, modality, _ in ranked]})
-            lists.append((f"{name}, {t.modality}", t.frames, [(other, shown, d, None) for d, other, _, shown in ranked[:LONGEST]]))
+        ranked = nearest_of(queries, stored, args, model, config, device)
+        if args.all_frames:
+            say(f"{speciality(all_frames=True)}:")
+        for name, tracklet in queries.items():
+            print_list(name, tracklet, ranked[name], stored.shape[0])
     if args.figure:
-        write_picture(args.figure, draw_ranking(lists[:50], config.size))    # more would be no picture
-        if len(lists) > 50 or args.top > LONGEST:
-            print(f"{args.figure} shows at most 50 queries and {LONGEST} tracklets for each")
+        draw_search(args, queries, ranked, config)
     if args.silhouettes:
-        write_picture(args.silhouettes, draw_silhouettes(model, Dataset("footage", args.query), evenly(list(queries.values()), 4), config, device))
+        footage = Dataset("footage", args.query)
+        chosen = evenly(list(queries.values()), 4)
+        sheet = draw_silhouettes(list(look_at(model, footage, chosen, config, device)))
+        write_picture(args.silhouettes, sheet)
+    found = [{"query": name, "modality": t.modality, "frames": len(t.frames),
+              "ranked": [{"tracklet": hit.name, "modality": hit.modality, "distance": hit.distance}
+                         for hit in ranked[name]]} for name, t in queries.items()]
     return {"gallery": stored.shape[0], "queries": found}
 
 
-# ------------------------------------------------------------------------ files ----
-
-def write_json(path, value):
-    write_atomic(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
-
-
-def write_picture(path, picture):
-    write_atomic(path, lambda file: picture.save(file, format="PNG"))
+class Hit(NamedTuple):
+    """A gallery tracklet in a ranked list. shown: paths of some of its frames."""
+    name: str
+    modality: str
+    distance: float
+    shown: list
 
 
-def read_checkpoint(path):
-    """A run's folder, or its last.pt -> the checkpoint dict. Raises UserError for anything that is none."""
-    path = os.path.join(path, "last.pt") if os.path.isdir(path) else path
-    checkpoint = read_tensors(path)
-    keys = {"model", "config", "classes", "method", "epoch"}
-    if not isinstance(checkpoint, dict) or not keys <= checkpoint.keys():
-        raise UserError(f"{path} is no checkpoint of train.py; expected a dict with {', '.join(sorted(keys))}; the authors' "
-                        "files go by --official DIR")
-    if not isinstance(checkpoint["method"], str) or checkpoint["method"] not in METHODS:
-        raise UserError(f"{path} is a run of the method {checkpoint['method']!r}, not known here; expected one of "
-                        f"{', '.join(METHODS)}: start from the script that adds it")
-    return checkpoint
+def nearest_of(queries, stored, args, model, config, device):
+    """{name: Tracklet} -> {name: its Hits, the nearest first}; the gallery is read in pieces."""
+    embeddings = embed_tracklets(model, list(queries.values()), config, device,
+                                 all_frames=args.all_frames)
+    query = stacked(embeddings, len(queries)).to(device)
+    N, parts, dim = stored.shape
+    stored.check_like(*query.shape[1:])
+    rows = max(1, 2 ** 24 // (parts * dim))    # 64 MB of float32
+
+    def piece(start, stop):
+        return torch.from_numpy(stored.rows("embedding", start, stop)).to(device)
+
+    distance, index = nearest(query, piece, N, args.top, rows)
+    ranked = {}
+    for name, its_distances, its_rows in zip(queries, distance.tolist(), index.tolist(), strict=True):
+        ranked[name] = []
+        for value, row in zip(its_distances, its_rows, strict=True):
+            hit, modality, shown = (stored.rows(column, row, row + 1)[0].tolist()
+                                    for column in ("name", "modality", "shown"))
+            ranked[name].append(Hit(hit, modality, value, shown))
+    return ranked
 
 
-def load_run(path):
-    """A run's folder or checkpoint -> model in eval mode, its config, its method."""
+def print_list(name, tracklet, hits, gallery):
+    number = len(tracklet.frames)
+    frames = f"{number} frame{'s' if number > 1 else ''}"
+    say(f"{printable(name)} ({tracklet.modality}, {frames}), the nearest of {gallery:,}:")
+    for place, hit in enumerate(hits, 1):
+        modality = printable(hit.modality)
+        say(f"{place:6}{hit.distance:12.4f}  {modality:10}{printable(hit.name)}")
+
+
+def draw_search(args, queries, ranked, config):
+    lists = []
+    for name, tracklet in list(queries.items())[:MOST_ROWS]:
+        hits = [(hit.name, hit.shown, hit.distance, None) for hit in ranked[name][:LONGEST]]
+        lists.append((f"{name}, {tracklet.modality}", tracklet.frames, hits))
+    write_picture(args.figure, draw_ranking(lists, config.size))
+    if len(queries) > MOST_ROWS or args.top > LONGEST:
+        say(f"{printable(args.figure)} shows at most {MOST_ROWS} queries and {LONGEST} tracklets for "
+            "each")
+
+
+# ------------------------------------------------------------- a run's model ----
+
+def method_of(checkpoint, given, path):
+    """The name of a checkpoint's method. A method of one's own is code: it is never taken from what a
+    file says, but from --method alone. Raises UserError."""
+    stored = checkpoint["method"]
+    own = stored.endswith(f":{given.rpartition(':')[2]}") if ":" in given and ":" in stored else False
+    if given and given != stored and not own:
+        raise UserError(f"--method {given}: {path} is a run of {stored}; drop it, or name that method")
+    if ":" in stored and not given:
+        raise UserError(f"{path} is a run of the method {stored}, which is code of your own; expected "
+                        "--method FILE.py:CLASS, so that it is run because you say so")
+    return given or stored
+
+
+def load_run(path, method=""):
+    """A run's folder or checkpoint -> model in eval mode, its config, its method's name. method:
+    FILE.py:CLASS for a method of one's own. Raises UserError."""
     checkpoint = read_checkpoint(path)
-    try:
-        config = SimpleNamespace(**checkpoint["config"])
-        height, width = config.size
-        if not all(type(n) is int and n >= 0 for n in (height - 1, width - 1, config.frames - 1, config.test_batch - 1, config.workers)):
-            raise ValueError("size, frames, test_batch or workers")
-        os.fspath(config.data)
-        model = METHODS[checkpoint["method"]][0](config, len(checkpoint["classes"]), pretrained=False)
-    except UserError:
-        raise
-    except Exception as error:    # whatever a network may say of such numbers
-        raise UserError(f"{path} has no usable config ({type(error).__name__}: {' '.join(str(error).split())[:120]}); expected a checkpoint of "
-                        "this version of train.py") from None
-    fill(model, checkpoint["model"], path)
-    return model.eval(), config, checkpoint["method"]
+    name = method_of(checkpoint, method, path)
+    method_class = load_method(name)
+    config_class = make_dataclass("Config", [], bases=(method_class.Options, Reading))
+    config = stored_config(config_class, checkpoint["config"], path)
+    return rebuild(method_class, config, checkpoint, path).eval(), config, name
 
 
-def choose_device(name):
-    """"" (CUDA if there is one), cuda, cuda:1, cpu -> torch.device; under torchrun each process's own, and the processes join.
-    Raises UserError if it cannot be used."""
-    together = dist.is_available() and dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if together and name.startswith("cuda"):
-        if name != "cuda" or int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
-            raise UserError(f"--device {name} and {os.environ['LOCAL_WORLD_SIZE']} processes on {torch.cuda.device_count()} GPUs; expected --device cuda and "
-                            "a GPU for each: lower --nproc_per_node")
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("not supported")
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used ({str(error).splitlines()[0][:80]}); expected cuda, cuda:1, ... or cpu") from None
-    if together and processes()[1] == 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))    # one may download or make a cache meanwhile
-    return device
+def load_authors_files(folder):
+    """The authors' three files -> model in eval mode, its config, its method's name."""
+    from model import Options, load_official    # only here: LSMRL needs no DinoGRL
+    torch.backends.cudnn.allow_tf32 = False    # their embeddings to float32's last digits
+    config_class = make_dataclass("Config", [], bases=(Options, Reading))
+    return load_official(folder), config_class(test_batch=16), "dinogrl"
 
 
-def keep_memory():
-    """Asks glibc to keep freed memory for the next step or batch: handing 100 MB back and forth costs a CPU a quarter of its time."""
-    try:
-        libc = ctypes.CDLL(None)
-        for parameter, value in ((-3, 2 ** 31 - 1), (-1, 2 ** 31 - 1), (-2, 2 ** 28)):    # mmap threshold, trim threshold, top pad
-            libc.mallopt(parameter, value)
-    except (OSError, AttributeError, TypeError):    # another C library: only slower
-        pass
+# -------------------------------------------------------------- command line ----
+
+def command_line():
+    """-> the arguments, and what they override of the run's configuration."""
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    which = parser.add_argument_group("model")
+    which.add_argument("--checkpoint", metavar="RUN", help="a run's folder, or its last.pt")
+    which.add_argument("--official", metavar="DIR", help="the folder of the authors' best_model.pth, "
+                       "best_model2.pth, best_shape.pth")
+    which.add_argument("--method", metavar="FILE.py:CLASS", help="the run's method, where it is one of "
+                       "your own")
+    footage = parser.add_argument_group("search")
+    footage.add_argument("--query", metavar="DIR", help="whom to look for; a folder of frames per "
+                         "tracklet, or one such folder")
+    footage.add_argument("--gallery", metavar="DIR|FILE.npz", help="where to look; the same, or what "
+                         "--save has kept of it")
+    footage.add_argument("--query-modality", choices=MODALITIES, help="default infrared")
+    footage.add_argument("--gallery-modality", choices=MODALITIES, help="default visible; a FILE.npz "
+                         "knows its own")
+    how = parser.add_argument_group("ranking")
+    how.add_argument("--top", type=int, metavar="K", help="length of the ranked lists (10)")
+    how.add_argument("--rerank", action="store_true", help="k-reciprocal re-ranking: uses the whole "
+                     "gallery, labelled as such")
+    how.add_argument("--all-frames", action="store_true", help="every frame, in clips that are "
+                     "averaged: slower, a little better")
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", metavar="FILE", help="write the results there")
+    output.add_argument("--save", metavar="FILE.npz", help="keep the embeddings (search: the "
+                        "gallery's), to be used as --gallery")
+    output.add_argument("--figure", metavar="FILE.png", help="draw ranked lists: green frame the right "
+                        "person, red a wrong one")
+    output.add_argument("--silhouettes", metavar="FILE.png", help="draw what the model sees (DinoGRL)")
+    parser.set_defaults(checkpoint="", official="", method="", query=None, gallery=None,
+                        query_modality=INFRARED, gallery_modality=None, top=10, rerank=False,
+                        all_frames=False, json=None, save=None, figure=None, silhouettes=None)
+    add_options(parser, Reading, {})
+    args = parser.parse_args()
+    names = {f.name for f in fields(Reading)}
+    overrides = {name: value for name, value in given_options(args).items() if name in names}
+    args.kept = bool(args.gallery) and os.path.isfile(args.gallery)
+    args.kept = args.kept and args.gallery.lower().endswith(".npz")
+    return args, overrides
+
+
+def check_arguments(args, overrides):
+    """Raises UserError for what cannot be asked for, before anything is read."""
+    if bool(args.checkpoint) == bool(args.official):
+        raise UserError("expected one of --checkpoint RUN and --official DIR; see --help")
+    if "" in (args.gallery, args.query, overrides.get("data")):
+        raise UserError("--query, --gallery or --data is empty; name a folder: is a shell variable "
+                        "unset?")
+    if not 1 <= args.top <= 10 ** 6:
+        raise UserError(f"--top {args.top}; expected 1 to 1000000")
+    if not args.gallery:
+        if args.query:
+            raise UserError("--query needs --gallery: where to look")
+        if args.official and "data" not in overrides:
+            raise UserError("--official needs --data PATH")
+        return
+    if "data" in overrides or args.rerank:
+        raise UserError("--data and --rerank are for a benchmark, whose gallery is closed; drop them, or "
+                        "--query and --gallery")
+    if args.kept and (args.gallery_modality or args.save):
+        raise UserError(f"{args.gallery} is embedded already and knows its modality; drop "
+                        "--gallery-modality and --save")
+    other_output = args.json or args.figure or args.silhouettes
+    if not args.query and (other_output or not args.save):
+        raise UserError("--gallery alone only embeds: give --save FILE.npz for it, or --query DIR to "
+                        "search")
+
+
+def check_outputs(args):
+    """Raises UserError for a file that could not be written: before the work, not after it."""
+    kinds = {"save": ".npz", "json": ".json", "figure": ".png", "silhouettes": ".png"}
+    taken = {}
+    for name, kind in kinds.items():
+        path = getattr(args, name)
+        if path is None:
+            continue
+        # So that none can take the place of a frame or a checkpoint, ...
+        if not path.lower().endswith(kind):
+            raise UserError(f"--{name} {path or 'is empty'}; expected a name that ends in {kind}")
+        check_writable(path)
+        # ... or of another one.
+        other = taken.setdefault(os.path.realpath(path), name)
+        if other != name:
+            raise UserError(f"--{other} and --{name} are both {path}; choose two names")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--checkpoint", metavar="RUN", help="a run's folder, or its last.pt")
-    which.add_argument("--official", metavar="DIR", help="the folder of the authors' best_model.pth, best_model2.pth, best_shape.pth")
-    parser.add_argument("--data", metavar="PATH", help="the dataset; default: the one the run was trained on")
-    parser.add_argument("--query", metavar="DIR", help="search: whom to look for; a folder of frames per tracklet, or one such folder")
-    parser.add_argument("--gallery", metavar="DIR|FILE.npz", help="search: where to look; the same, or what --save has kept of it")
-    parser.add_argument("--query-modality", choices=(VISIBLE, INFRARED), default=INFRARED, help="default infrared")
-    parser.add_argument("--gallery-modality", choices=(VISIBLE, INFRARED), help="default visible; a FILE.npz knows its own")
-    parser.add_argument("--top", type=int, default=10, metavar="K", help="length of the ranked lists in search and --figure")
-    parser.add_argument("--rerank", action="store_true", help="k-reciprocal re-ranking: better figures from a closed gallery, labelled as such")
-    parser.add_argument("--all-frames", action="store_true", help="every frame, in clips that are averaged: slower, a little better")
-    parser.add_argument("--json", metavar="FILE", help="write the results there")
-    parser.add_argument("--save", metavar="FILE.npz", help="keep the embeddings (search: the gallery's), to be used as --gallery")
-    parser.add_argument("--figure", metavar="FILE.png", help="draw ranked lists: green frame the right person, red a wrong one")
-    parser.add_argument("--silhouettes", metavar="FILE.png", help="draw what the model sees (DinoGRL)")
-    parser.add_argument("--test-batch", type=int, help="tracklets at a time; lower it if memory runs out")
-    parser.add_argument("--workers", type=int, help="loader processes; about the number of cores")
-    parser.add_argument("--frames", type=int, help="frames per tracklet; default the run's, 6 for --official; fewer: faster, worse")
-    parser.add_argument("--device", default="", help="cuda, cuda:1, cpu; default: cuda if there is one")
-    args = parser.parse_args()
-    if args.gallery == "" or args.query == "":
-        parser.error("--query or --gallery is empty; name a folder: is a shell variable unset?")
-    outputs = {"save": ".npz", "json": ".json", "figure": ".png", "silhouettes": ".png"}
-    for option, kind in outputs.items():    # before the work, not after
-        path = getattr(args, option)
-        if path is not None and not path.lower().endswith(kind):    # so that none can take the place of a frame, a checkpoint or another output
-            parser.error(f"--{option} {path or 'is empty'}; expected a name that ends in {kind}")
-        if path and not os.path.isdir(os.path.dirname(path) or "."):
-            raise UserError(f"no folder {os.path.dirname(path)} for {path}; make it first")
-        if path and os.path.lexists(path) and not os.path.isfile(path):
-            parser.error(f"--{option} {path} is no file; choose another name")
-    if args.figure and args.silhouettes and os.path.realpath(args.figure) == os.path.realpath(args.silhouettes):
-        parser.error(f"--figure and --silhouettes are both {args.figure}; choose two names")
-    args.kept = bool(args.gallery) and os.path.isfile(args.gallery) and args.gallery.lower().endswith(".npz")
-    if (args.query or args.gallery) and (args.data or args.rerank):
-        parser.error("--data and --rerank are for a benchmark, whose gallery is closed; drop them, or --query and --gallery")
-    if args.query and not args.gallery:
-        parser.error("--query needs --gallery: where to look")
-    if args.gallery:
-        if args.kept and (args.gallery_modality or args.save):
-            parser.error(f"{args.gallery} is embedded already and knows its modality; drop --gallery-modality and --save")
-        if not args.query and (not args.save or args.json or args.figure or args.silhouettes):
-            parser.error("--gallery alone only embeds: give --save FILE.npz for it, or --query DIR to search")
-    elif args.official and not args.data:
-        parser.error("--official needs --data PATH")
-    keep_memory()
-    start, device = time.time(), choose_device(args.device)
+    args, overrides = command_line()
+    check_arguments(args, overrides)
+    check_outputs(args)
+    start, device = time.time(), join(overrides.get("device", ""))
     if args.official:
-        torch.backends.cudnn.allow_tf32 = False    # the authors' embeddings to float32's last digits
-        method, model = "dinogrl", dinogrl.load_official(args.official)
-        config = SimpleNamespace(data=args.data, size=(256, 128), frames=6, test_batch=16, workers=min(8, os.cpu_count()))
+        model, config, method = load_authors_files(args.official)
     else:
-        model, config, method = load_run(args.checkpoint)
-    for name, least in (("test_batch", 1), ("workers", 0), ("frames", 1), ("top", 1)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}; expected at least {least}")
-        setattr(config, name, getattr(config, name) if value is None else value)
-    if args.silhouettes and getattr(model, "sasgl", None) is None:
+        model, config, method = load_run(args.checkpoint, args.method)
+    for name, value in overrides.items():
+        setattr(config, name, value)
+    check_ranges(config)
+    config.check()
+    if args.silhouettes and not has_silhouettes(model):
         raise UserError(f"--silhouettes; this {method} has none; expected a DinoGRL with its gait stream")
     model.to(device)
     special = {name: True for name in ("rerank", "all_frames") if getattr(args, name)}
+    head = {"method": method, **special}
     if args.gallery:
         if processes()[1] > 1:
             raise UserError("a search runs in one process; start it by python, not by torchrun")
         results = search(args, model, config, device)
         if args.json:
-            write_json(args.json, {"method": method, **special, **results, "seconds": round(time.time() - start, 1)})
+            write_json(args.json, {**head, **results, "seconds": round(time.time() - start, 1)})
         return
-    dataset = load_dataset(args.data or config.data)
-    results, embeddings, lists = evaluate(model, dataset, config, device, reranked=args.rerank, all_frames=args.all_frames,
-                                          top=args.top if args.figure else 0)
-    if processes()[0]:
+    report(args, model, config, device, head, start)
+    leave()
+
+
+def report(args, model, config, device, head, start):
+    """Evaluates on a benchmark; writes what was asked for and prints the table."""
+    dataset = load_dataset(config.data or os.path.join("runs", "walkers"))
+    results, embeddings, directions = evaluate(model, dataset, config, device, reranked=args.rerank,
+                                               all_frames=args.all_frames)
+    if results is None:    # process 0 does the rest
         return
-    results = {"method": method, "dataset": dataset.name, **special, **results, "seconds": round(time.time() - start, 1)}
-    print(table(results))
+    results = {"method": head["method"], "dataset": dataset.name, **head, **results,
+               "seconds": round(time.time() - start, 1)}
     if args.json:
         write_json(args.json, results)
     if args.save:
         names = [os.path.relpath(t.frames[0], dataset.root) for t in dataset.test]
-        write_atomic(args.save, lambda file: write_embeddings(file, names, dataset.test, embeddings, model, setting(config, args.all_frames)))
+        save_embeddings(args.save, names, dataset.test, embeddings, model,
+                        setting(config, args.all_frames))
     if args.figure:
+        special = speciality(args.rerank, args.all_frames)
+        lists = ranked_lists(directions, args.top, f", {special}" if special else "")
         write_picture(args.figure, draw_ranking(lists, config.size))
     if args.silhouettes:
-        write_picture(args.silhouettes, draw_silhouettes(model, dataset, samples(dataset.test), config, device))
+        write_picture(args.silhouettes, silhouette_sheet(model, dataset, config, device))
+    say(table(results))
 
 
 if __name__ == "__main__":

@@ -1,115 +1,70 @@
-"""DinoGRL assembled: appearance stream, gait stream, parts, PBMGE, heads, identity losses (section 3.1 and 3.4).
+"""DinoGRL assembled: two streams, parts, fusion, heads, losses (sections 3.1 and 3.4).
 
     frames (B,T,3,256,128), modality (B,)
-       |-- visible stem | infrared stem -> shared ResNet-50 layer1..4 -> (B,T,2048,16,8) -> parts (B,31,256) --+
-       |                                                                                                PBMGE (pbmge.py)
-       +-- SASGL (sasgl.py): silhouette, codes, gait net ------------> (B,T,2048,16,8) -> parts (B,31,256) --+
-                                                                                                              |
-    test:  embed()   -> (B, 70, 256), 35 gait parts first, compared by the mean Euclidean distance   <--------+
-    train: forward() -> named losses: four of SASGL, identity and triplet of both streams            <--------+
+       |-- visible_stem | infrared_stem -> backbone (shared) -> maps (B,T,2048,16,8) -> appearance_parts --+
+       |                                                                          (B,31,256)         pbmge
+       +-- sasgl: silhouettes, codes, gait net --------------> maps (B,T,2048,16,8) -> gait_parts --------+
+                                                                                                           |
+    embed()    (test)  -> (B, 70, 256), 35 gait parts first; distance: the mean over parts, Euclidean <----+
+    forward()  (train) -> heads -> losses_of each stream, and sasgl's own                            <----+
 
-The two modalities meet early: only the stem (conv1, bn1, maxpool) is the modality's own.
+The two modalities meet early: only the stem is a modality's own. All of DinoGRL's modelling of time is
+a maximum over the frames, as in GaitSet: what shows in any frame counts, in whichever order.
 
-load_official(dir) reads the authors' three files (best_model.pth, best_model2.pth, best_shape.pth) into this model;
-OFFICIAL below is the whole key map.
+load_official(dir) reads the authors' three files (best_model.pth, best_model2.pth, best_shape.pth)
+into this model; OFFICIAL below is the whole map of their names.
 
-Quick question: why does the stem have no ReLU, though ResNet-50's has one? (The release leaves it out, and its weights
-were trained so. With one, the released checkpoints would give other embeddings.)
+Quick question: why 16 times the cosine in the identity loss? (A softmax over 500 cosines between -1
+and 1 is flat: the right class could never get more than 1.5 % of it, and nothing would be learned.)
 
-Ours, not the paper's: thinner and shallower ResNets for the offline demo (`width`, `blocks`, `strides`); triplets are
-taken for any number of tracklets per identity; ablations (`gait`, `pbmge` off) as switches.
+Ours, not the paper's: thinner and shallower ResNets and fewer strips for the offline demo (`width`,
+`blocks`, `strides`, `strips`); triplets are taken for any number of tracklets per identity; ablations
+(`gait`, `pbmge` off) as switches.
 """
 import math
 import os
 from dataclasses import dataclass
 
+from pbmge import PBMGE
+from sasgl import PATCH, SASGL
+from support.dinov2 import load_dinov2
+from support.files import UserError
+from support.options import option
+from support.parallel import gathered
+from support.resnet import Stages, Stem, load_resnet50
+from support.weights import load_strictly, misfits, named_tensors, read_tensors
+
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-from data import UserError, gathered, option
-from pbmge import PBMGE
-from sasgl import SASGL, conv_norm, fill, load_dinov2, misfits, read_tensors, state_dict
-
-RESNET50_URL = "https://download.pytorch.org/models/resnet50-0676ba61.pth"    # ImageNet V1, as in the release
-
-
-# ------------------------------------------------------------- ResNet-50 ----
-
-class Bottleneck(nn.Module):
-    recomputable = True    # train.recompute
-
-    def __init__(self, in_channels, width, stride):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(in_channels, width, 1, bias=False), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
-        self.conv3, self.bn3 = nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
-        self.downsample = None
-        if stride != 1 or in_channels != 4 * width:
-            self.downsample = nn.Sequential(nn.Conv2d(in_channels, 4 * width, 1, stride, bias=False),
-                                            nn.BatchNorm2d(4 * width))
-
-    def forward(self, x):
-        y = F.relu(conv_norm(x, self.conv1, self.bn1), inplace=True)
-        y = F.relu(conv_norm(y, self.conv2, self.bn2), inplace=True)
-        return F.relu(conv_norm(y, self.conv3, self.bn3) + (x if self.downsample is None else conv_norm(x, *self.downsample)), inplace=True)
-
-
-class Stem(nn.Module):
-    """One modality's own entrance: (N, 3, H, W) -> (N, width, H/4, W/4). No ReLU, as released."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width)
-
-    def forward(self, x):
-        return F.max_pool2d(conv_norm(x, self.conv1, self.bn1), 3, 2, 1)
-
-
-class Stages(nn.Module):
-    """layer1..layer4 of a ResNet with torchvision's tensor names: (N, width, H, W) -> (N, 32 * width, h, w)."""
-
-    def __init__(self, *, width, blocks, strides):
-        super().__init__()
-        channels = width
-        for i, (n, stride) in enumerate(zip(blocks, strides)):
-            layer = []
-            for j in range(n):
-                layer.append(Bottleneck(channels, width * 2 ** i, stride if j == 0 else 1))
-                channels = 4 * width * 2 ** i
-            setattr(self, f"layer{i + 1}", nn.Sequential(*layer))
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, x):
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
 
 # ------------------------------------------------------- parts and heads ----
 
 class Parts(nn.Module):
-    """Maps (B, T, C, H, W) -> parts (B, P, dim): max over time, strips from top to bottom, mean + max, one Linear each."""
+    """Maps (B, T, C, H, W) -> parts (B, P, dim): maximum over time, strips from top to bottom, mean +
+    maximum of each, a linear map of its own for each."""
 
     def __init__(self, *, channels, dim, strips):
         super().__init__()
         self.strips = strips
-        self.weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(sum(strips), channels, dim)))
+        weight = torch.empty(sum(strips), channels, dim)
+        self.weight = nn.Parameter(nn.init.xavier_uniform_(weight))
 
     def forward(self, maps):
         maps = maps.amax(1)    # (B, C, H, W)
         B, C, H, W = maps.shape
-        assert H % max(self.strips) == 0, f"maps of height {H} cannot be cut into {max(self.strips)} strips"
+        assert H % max(self.strips) == 0, f"maps of height {H} for {max(self.strips)} strips"
         pooled = []
         for n in self.strips:
             strips = maps.reshape(B, C, n, -1)
             pooled.append(strips.mean(-1) + strips.amax(-1))    # (B, C, n)
-        pooled = torch.cat(pooled, dim=2)    # (B, C, P)
-        return torch.einsum("bcp,pcd->bpd", pooled, self.weight)
+        return torch.einsum("bcp,pcd->bpd", torch.cat(pooled, dim=2), self.weight)
 
 
 class Head(nn.Module):
-    """Parts (B, P, D) -> cosine logits (B, P, classes): BatchNorm over all P*D values, then both sides L2-normalised."""
+    """Parts (B, P, D) -> cosine logits (B, P, classes): batch norm over all P*D values, then both sides
+    L2-normalised."""
 
     def __init__(self, *, parts, dim, classes):
         super().__init__()
@@ -117,239 +72,311 @@ class Head(nn.Module):
         self.weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(parts, dim, classes)))
 
     def forward(self, parts):
-        with torch.autocast(parts.device.type, enabled=False):    # cosines of 256 bfloat16 numbers are too coarse
-            B, P, D = parts.shape
-            x = self.bn(parts.float().transpose(1, 2).reshape(B, -1)).view(B, D, P)    # channel-major, as released
-            return torch.einsum("bdp,pdk->bpk", F.normalize(x, dim=1), F.normalize(self.weight, dim=1))
+        B, P, D = parts.shape
+        with torch.autocast(parts.device.type, enabled=False):    # cosines in bfloat16 are too coarse
+            x = parts.float().transpose(1, 2).reshape(B, -1)    # channel-major, as released
+            x = F.normalize(self.bn(x).view(B, D, P), dim=1)
+            return torch.einsum("bdp,pdk->bpk", x, F.normalize(self.weight, dim=1))
 
 
 def identity_loss(logits, label):
-    """Cosine logits (B, P, classes), label (B,) -> cross-entropy of 16 * logits, smoothing 0.1, mean over B and P."""
-    return F.cross_entropy(16 * logits.transpose(1, 2), label[:, None].expand(-1, logits.shape[1]), label_smoothing=0.1)
+    """Cosine logits (B, P, classes), label (B,) -> cross-entropy of 16 * logits, smoothing 0.1, mean
+    over B and P."""
+    label = label[:, None].expand(-1, logits.shape[1])
+    return F.cross_entropy(16 * logits.transpose(1, 2), label, label_smoothing=0.1)
 
 
 def triplet_loss(parts, label, margin=0.2):
-    """Parts (B, P, D), label (B,) -> scalar. Per part, every anchor, all its positives (itself included) against all
-    its negatives, Euclidean; mean over the terms that are not zero, then over the parts."""
+    """Parts (B, P, D), label (B,) -> scalar. Per part, every anchor, all its positives (itself
+    included) against all its negatives, Euclidean; mean over the terms that are not zero, then over
+    the parts."""
     x = parts.float().transpose(0, 1)
     distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")    # (P, B, B)
-    same = label[:, None] == label[None, :]
+    same = label[:, None] == label
     anchor, positive = same.nonzero(as_tuple=True)    # (M,) pairs
-    terms = F.relu(distance[:, anchor, positive][:, :, None] - distance[:, anchor] + margin) * ~same[anchor]    # (P, M, B)
-    return (terms.sum((1, 2)) / (terms != 0).sum((1, 2)).clamp(min=1)).mean()
+    to_positive = distance[:, anchor, positive][:, :, None]    # (P, M, 1)
+    to_everyone = distance[:, anchor]    # (P, M, B)
+    terms = F.relu(to_positive - to_everyone + margin) * ~same[anchor]
+    count = (terms != 0).sum((1, 2)).clamp(min=1)
+    return (terms.sum((1, 2)) / count).mean()
+
+
+# ---------------------------------------------------------------- options ----
+
+@dataclass
+class Options:
+    """DinoGRL's own choices (train.Config has those that every method has)."""
+    dinov2: str = option("dinov2_vits14", "which DINOv2; vitb14 is slower and needs a new run; tiny is "
+                         "random, for trying out")
+    dinov2_weights: str = option("", "local file of DINOv2's tensors, instead of the download")
+    resnet_weights: str = option("imagenet", "imagenet (download), a local file, or random (much worse)")
+    mask_branch: str = option("", "BigGait's MaskBranch_vits14.pt; spares the warm-up")
+    mask_warmup: int = option(500, "steps that train the mask bottleneck alone, before the rest may use "
+                              "it; too few, and silhouettes are noise", 0, 1_000_000)
+    mask_lr: float = option(1e-3, "learning rate of that warm-up", 1e-12, 100)
+    gait: bool = option(True, "off removes the whole gait stream")
+    pbmge: bool = option(True, "off removes the fusion of the streams")
+    margin: float = option(0.2, "of the triplet loss", 0, 100)
+    identity_weight: float = option(1.0, "of the identity losses of both streams", 0, 1000)
+    triplet_weight: float = option(1.0, "of the triplet losses of both streams", 0, 1000)
+    dim: int = option(256, "numbers per part", 1, 4096)
+    strips: tuple = option((1, 2, 4, 8, 16), "horizontal strips of each granularity, the global part "
+                           "first; the largest divides the maps' rows")
+    width: int = option(64, "channels of both ResNets after the stem; 64 is ResNet-50", 1, 512)
+    blocks: tuple = option((3, 4, 6, 3), "blocks of their four layers", 1, 100)
+    strides: tuple = option((1, 2, 2, 1), "strides of the appearance ResNet's four layers", 1, 4)
+    gait_strides: tuple = option((1, 2, 2, 1), "strides of the gait ResNet's four layers", 1, 4)
+    dino_size: tuple = option((448, 224), "height and width that DINOv2 sees, multiples of 14; smaller "
+                              "is faster and blurs the silhouettes", 14, 4480)
+    code_size: tuple = option((64, 32), "height and width of silhouettes and codes", 1, 1024)
+
+    # A laptop's CPU, minutes: a tiny ViT, thin one-block ResNets, small frames.
+    small = {"epochs": 6, "steps": 60, "identities": 8, "tracklets": 2, "frames": 4, "workers": 0,
+             "warmup_epochs": 0, "milestones": (4, 5), "lr": 3e-3, "size": (64, 32), "erase": 0.0,
+             "dinov2": "tiny", "resnet_weights": "random", "mask_warmup": 60, "mask_lr": 5e-2,
+             "dim": 64, "width": 8, "blocks": (1, 1, 1, 1), "strides": (1, 1, 1, 1),
+             "gait_strides": (2, 1, 1, 1), "dino_size": (336, 168), "code_size": (32, 16)}
+
+    def check(self):
+        """Raises UserError for a configuration that cannot work."""
+        pyramid = self.strips[0] == 1 if self.strips else False
+        if not pyramid or len(self.strips) > 10 or not all(0 < n <= 256 for n in self.strips):
+            raise UserError(f"--strips {' '.join(map(str, self.strips))}; expected 1, the global part, "
+                            "and then how many strips of each granularity, such as 1 2 4 8 16")
+        self.check_rows("size", self.size[0] / 4, "strides")
+        if self.gait:
+            self.check_rows("code-size", self.code_size[0], "gait_strides")
+            if self.dino_size[0] % PATCH or self.dino_size[1] % PATCH:
+                raise UserError(f"--dino-size {self.dino_size}; expected multiples of 14, DINOv2's patch")
+
+    def check_rows(self, name, height, strides):
+        """Can maps that start at this height be cut into strips?"""
+        rows, strips = height / math.prod(getattr(self, strides)), max(self.strips)
+        if rows % strips:
+            raise UserError(f"--{name} and --{strides.replace('_', '-')} leave maps of {rows:g} rows; "
+                            f"expected a multiple of the {strips} strips")
 
 
 # ---------------------------------------------------------------- DinoGRL ----
 
 class DinoGRL(nn.Module):
-    """The whole method. classes: training identities. dinov2: see sasgl.load_dinov2. strips: the pyramid of parts.
+    """The whole method. config: Options, or train's configuration, which has them too. classes: number
+    of training identities. pretrained: False for random tensors, to be filled by a checkpoint."""
+    Options = Options
 
-    width, blocks, strides: of both ResNets, (64, (3, 4, 6, 3), (1, 2, 2, 1)) being ResNet-50 with last stride 1;
-    gait_strides: the gait net's own, as its maps start at code_size. gait, pbmge: False removes the part (ablation).
-    """
-
-    def __init__(self, *, classes, dinov2, dim=256, strips=(1, 2, 4, 8, 16), width=64, blocks=(3, 4, 6, 3),
-                 strides=(1, 2, 2, 1), gait_strides=(1, 2, 2, 1), dino_size=(448, 224), code_size=(64, 32),
-                 gait=True, pbmge=True):
+    def __init__(self, config, classes, pretrained=True):
         super().__init__()
-        parts = sum(strips) + (len(strips) - 1 if gait and pbmge else 0)    # 35 = 31 + 4 refined
-        self.classes = classes
-        self.warm_up_stage = None    # (module, steps, learning rate): trained alone before the rest, on the losses of warm_up()
+        self.config, self.classes = config, classes
+        width, blocks, dim, strips = config.width, config.blocks, config.dim, config.strips
+        refined = len(strips) - 1 if config.gait and config.pbmge else 0
+        parts = sum(strips) + refined    # 35 = 31 + 4
+        dinov2 = None
+        if config.gait:
+            dinov2 = load_dinov2(config.dinov2, config.dinov2_weights, pretrained)
+
         self.visible_stem, self.infrared_stem = Stem(width), Stem(width)
-        self.backbone = Stages(width=width, blocks=blocks, strides=strides)
+        self.backbone = Stages(width=width, blocks=blocks, strides=config.strides)
         self.appearance_parts = Parts(channels=32 * width, dim=dim, strips=strips)
         self.appearance_head = Head(parts=parts, dim=dim, classes=classes)
         self.sasgl = self.pbmge = None
-        if gait:
-            self.sasgl = SASGL(dinov2=dinov2, backbone=Stages(width=width, blocks=blocks, strides=gait_strides),
-                               width=width, dino_size=dino_size, code_size=code_size)
+        if config.gait:
+            stages = Stages(width=width, blocks=blocks, strides=config.gait_strides)
+            self.sasgl = SASGL(dinov2=dinov2, backbone=stages, width=width,
+                               dino_size=config.dino_size, code_size=config.code_size)
             self.gait_parts = Parts(channels=32 * width, dim=dim, strips=strips)
             self.gait_head = Head(parts=parts, dim=dim, classes=classes)
-            if pbmge:
-                self.pbmge = PBMGE(dim=dim, strips=strips)
+        if config.gait and config.pbmge:
+            self.pbmge = PBMGE(dim=dim, strips=strips)
+        if pretrained:
+            self.load_pretrained()
+
+    def load_pretrained(self):
+        """ResNet-50 for every stem and stage, and the mask bottleneck where there is a trained one."""
+        config, stages = self.config, [self.backbone]
+        if config.gait:
+            stages.append(self.sasgl.gait_net.backbone)
+        if config.resnet_weights != "random":
+            load_resnet50(config.resnet_weights, [self.visible_stem, self.infrared_stem], stages)
+        if config.gait and config.mask_branch:
+            load_mask_branch(self.sasgl.mask_branch, config.mask_branch)
+
+    def appearance_maps(self, frames, modality):
+        """Frames (B, T, 3, H, W), modality (B,), best on the CPU -> maps (B, T, C, h, w): each modality
+        through its own stem, then all through one backbone."""
+        B, T = frames.shape[:2]
+        order = modality.argsort(stable=True)    # visible tracklets first
+        visible = T * (modality == 0).sum().item()
+        frames = frames[order.to(frames.device)].flatten(0, 1)
+        frames = frames.contiguous(memory_format=torch.channels_last)    # convolutions like it
+        stems = [self.visible_stem(frames[:visible]), self.infrared_stem(frames[visible:])]
+        maps = self.backbone(torch.cat(stems)).unflatten(0, (B, T))
+        back = order.argsort().to(frames.device)
+        return maps, back
 
     def streams(self, frames, modality):
-        """frames (B, T, 3, H, W) normalised, modality (B,) 0 visible, 1 infrared, best on the CPU -> {stream: parts (B, P, D)}, View."""
-        B, T = frames.shape[:2]
-        order = modality.argsort(stable=True)    # visible tracklets first, each through its own stem
-        visible = T * (modality == 0).sum().item()    # a GPU need not be waited for where modality lies on the CPU
-        sorted_frames = frames[order.to(frames.device, non_blocking=True)].flatten(0, 1).contiguous(memory_format=torch.channels_last)    # convolutions like it
-        maps = torch.cat([self.visible_stem(sorted_frames[:visible]), self.infrared_stem(sorted_frames[visible:])])
-        appearance = self.appearance_parts(self.backbone(maps).unflatten(0, (B, T)))[order.argsort().to(frames.device, non_blocking=True)]
+        """Frames (B, T, 3, H, W) normalised, modality (B,) 0 visible, 1 infrared -> {stream: parts
+        (B, P, D)}, sasgl's Codes or None."""
+        maps, back = self.appearance_maps(frames, modality)
+        appearance = self.appearance_parts(maps)[back]
         if self.sasgl is None:
             return {"appearance": appearance}, None
-        gait_maps, view = self.sasgl(frames)
+        gait_maps, codes = self.sasgl(frames)
         gait = self.gait_parts(gait_maps)
         if self.pbmge is not None:
             gait, appearance = self.pbmge(gait, appearance)
-        return {"gait": gait, "appearance": appearance}, view
+        return {"gait": gait, "appearance": appearance}, codes
 
     def embed(self, frames, modality):
-        """frames (B, T, 3, H, W), modality (B,) -> (B, parts, dim) float32, gait parts first; (B, 70, 256) in the paper."""
-        return torch.cat(list(self.streams(frames, modality)[0].values()), dim=1).float()
+        """Frames (B, T, 3, H, W), modality (B,) -> (B, parts, dim) float32, gait parts first; (B, 70,
+        256) in the paper."""
+        streams, _ = self.streams(frames, modality)
+        return torch.cat(list(streams.values()), dim=1).float()
+
+    def losses_of(self, parts, logits, label, modality):
+        """One stream's named losses, weighted. The place for a loss of your own: parts (B, P, D),
+        cosine logits (B, P, classes), label (B,), modality (B,) of the whole batch."""
+        identity = identity_loss(logits, label)
+        triplet = triplet_loss(parts, label, self.config.margin)
+        return {"identity": self.config.identity_weight * identity,
+                "triplet": self.config.triplet_weight * triplet}
 
     def forward(self, frames, modality, label):
-        """Training step: -> named losses (weighted: the total is their sum), and what the progress bar shows."""
-        streams, view = self.streams(frames, modality)
-        losses, shown = dict(view.losses) if view else {}, {}
-        label = gathered(label)    # tracklets are compared with those of all processes
-        for name, parts in streams.items():
+        """Training step -> named losses (weighted: the total is their sum), and what else to show."""
+        streams, codes = self.streams(frames, modality)
+        losses, shown = dict(codes.losses) if codes else {}, {}
+        # Tracklets are compared with those of all processes.
+        label, modality = gathered(label), gathered(modality.to(label.device))
+        for stream, parts in streams.items():
             parts = gathered(parts)
-            logits = getattr(self, f"{name}_head")(parts)
-            losses[f"identity_{name}"] = identity_loss(logits, label)
-            losses[f"triplet_{name}"] = triplet_loss(parts, label)
-            shown[f"accuracy_{name}"] = (logits.detach().argmax(2) == label[:, None]).float().mean()
+            logits = self.get_submodule(f"{stream}_head")(parts)
+            for name, loss in self.losses_of(parts, logits, label, modality).items():
+                losses[f"{name}_{stream}"] = loss
+            is_right = logits.detach().argmax(2) == label[:, None]
+            shown[f"accuracy_{stream}"] = is_right.float().mean()
         return losses, shown
 
-    def warm_up(self, frames):
-        """frames (B, T, 3, H, W) -> the mask bottleneck's losses alone, for the steps before the rest may use it."""
-        return self.sasgl.mask_losses(self.sasgl.features(frames.flatten(0, 1))[0])[1]
+    # ---- what train.py asks of a method besides ----
+
+    @property
+    def warm_up_steps(self):
+        """How many steps warm_up_module is trained alone, before the rest may use it."""
+        if self.sasgl is None or self.config.mask_branch:
+            return 0
+        return self.config.mask_warmup
+
+    @property
+    def warm_up_module(self):
+        return self.sasgl.mask_branch
+
+    @property
+    def warm_up_lr(self):
+        return self.config.mask_lr
+
+    def warm_up_losses(self, frames):
+        """Frames (B, T, 3, H, W) -> the mask bottleneck's named losses."""
+        last, _ = self.sasgl.features(frames.flatten(0, 1))
+        return self.sasgl.mask_losses(last)[1]
 
     def parameter_groups(self):
         """-> groups for the optimizer, each with its factor on the learning rate."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "factor": 1}]
 
 
-# --------------------------------------------------------- configuration ----
+# --------------------------------------------------------- released files ----
 
-@dataclass
-class Options:
-    """DinoGRL's own choices, beside those that every method has (train.Config)."""
-    gait: bool = option(True, "off removes SASGL and the gait stream: the appearance baseline")
-    pbmge: bool = option(True, "off removes the fusion: two independent streams")
-    dinov2: str = option("dinov2_vits14", "dinov2_vits14, _vitb14, _vitl14 (each also with _reg), or tiny: random, offline")
-    dinov2_weights: str = option("", "local file of the official DINOv2 tensors, instead of torch.hub")
-    resnet_weights: str = option("imagenet", "imagenet (downloaded once), a file of torchvision's resnet50, or random")
-    mask_branch: str = option("", "BigGait's MaskBranch_vits14.pt; without it the mask bottleneck is warmed up first")
-    mask_warmup: int = option(500, "steps for the mask bottleneck alone where no --mask-branch is given; more if silhouettes "
-                                   "come out as blocks of background", 0)
-    mask_lr: float = option(1e-2, "Adam's rate in that warm-up, falling linearly to 0", 1e-12)
-    dim: int = option(256, "channels D of a part", 1)
-    width: int = option(64, "channels of the ResNets' stem; 64 is ResNet-50, and the only one ImageNet weights fit", 1)
-    blocks: tuple = option((3, 4, 6, 3), "blocks of layer1..layer4", 1)
-    strides: tuple = option((1, 2, 2, 1), "strides of layer1..layer4; last stride 1 keeps 16 rows for 16 strips", 1)
-    gait_strides: tuple = option((1, 2, 2, 1), "the same for the gait net, which starts at code_size", 1)
-    dino_size: tuple = option((448, 224), "what DINOv2 sees, multiples of 14; smaller is faster and blurs the silhouettes", 1)
-    code_size: tuple = option((64, 32), "height and width of silhouettes and codes", 1)
-
-    # A laptop's CPU, minutes: a tiny ViT, thin one-block ResNets, small frames.
-    small = dict(epochs=6, steps=60, identities=8, tracklets=2, frames=4, warmup_epochs=0, milestones=(4, 5), lr=3e-3,
-                 size=(64, 32), workers=0, dinov2="tiny", resnet_weights="random", mask_warmup=60, erase=0.0, mask_lr=5e-2,
-                 dim=64, width=8, blocks=(1, 1, 1, 1), strides=(1, 1, 1, 1), gait_strides=(2, 1, 1, 1), dino_size=(336, 168),
-                 code_size=(32, 16))
-
-    def check(self):
-        """Raises UserError for a configuration that cannot work."""
-        for name, height, strides in (("size", self.size[0] / 4, "strides"), ("code-size", self.code_size[0], "gait_strides")):
-            rows = height / math.prod(getattr(self, strides))
-            if rows % 16 and (self.gait or name == "size"):
-                raise UserError(f"--{name} and --{strides.replace('_', '-')} leave maps of {rows:g} rows; expected a multiple of the 16 strips")
-        if self.gait and (self.dino_size[0] % 14 or self.dino_size[1] % 14):
-            raise UserError(f"--dino-size {self.dino_size}; expected multiples of 14, DINOv2's patch")
-
-
-# ---------------------------------------------------------------- weights ----
-
-def build(config, classes, pretrained=True, cls=DinoGRL):
-    """A DinoGRL (or a subclass: cls) as the configuration (train.Config with Options) says. pretrained=False: random, to be
-    filled."""
-    dinov2 = load_dinov2(config.dinov2, config.dinov2_weights, pretrained) if config.gait else None
-    model = cls(classes=classes, dinov2=dinov2, dim=config.dim, width=config.width, blocks=config.blocks,
-                strides=config.strides, gait_strides=config.gait_strides, dino_size=config.dino_size,
-                code_size=config.code_size, gait=config.gait, pbmge=config.pbmge)
-    if pretrained and config.resnet_weights != "random":
-        load_resnet50(model, config.resnet_weights)
-    if pretrained and config.mask_branch and config.gait:
-        load_mask_branch(model, config.mask_branch)
-    elif config.gait and config.mask_warmup:
-        model.warm_up_stage = (model.sasgl.mask_branch, config.mask_warmup, config.mask_lr)
-    return model
-
-
-def load_resnet50(model, source):
-    """torchvision's resnet50 tensors into both stems, the shared stages and the gait net's own copy.
-
-    source: "imagenet" (downloaded once and cached, hash checked) or a file. The classifier fc.* is not used."""
-    if source == "imagenet":
-        try:
-            tensors = torch.hub.load_state_dict_from_url(RESNET50_URL, map_location="cpu", check_hash=True,
-                                                         weights_only=True)
-        except Exception as error:
-            raise UserError(f"ResNet-50's ImageNet weights are neither cached nor downloadable here ({type(error).__name__}); "
-                            "either run once with a network, or give torchvision's file by --resnet-weights FILE, or "
-                            "take --resnet-weights random (much worse)") from error
-    else:
-        tensors = read_tensors(source)
-    tensors = {k: v for k, v in state_dict(tensors, source).items() if not k.startswith("fc.")}
-    stem = {k: v for k, v in tensors.items() if not k.startswith("layer")}
-    stages = {k: v for k, v in tensors.items() if k.startswith("layer")}
-    for module, part in [(model.visible_stem, stem), (model.infrared_stem, stem), (model.backbone, stages)] + (
-            [(model.sasgl.gait_net.backbone, stages)] if model.sasgl else []):
-        fill(module, part, f"{source} (as ResNet-50)")
-
-
-def load_mask_branch(model, path):
-    """BigGait's released mask branch (MaskBranch_vits14.pt, under the key `model`; its bn_t is not used)."""
+def load_mask_branch(mask_branch, path):
+    """BigGait's released mask branch (MaskBranch_vits14.pt, under the key `model`; its bn_t is unused)."""
     tensors = read_tensors(path)
     if not isinstance(tensors, dict) or "model" not in tensors:
-        raise UserError(f"{path} has no key `model`; expected BigGait's MaskBranch file; see README, Weights")
-    fill(model.sasgl.mask_branch, {k: v for k, v in state_dict(tensors["model"], path).items() if not k.startswith("bn_t.")}, path)
+        raise UserError(f"{path} has no key `model`; expected BigGait's MaskBranch file; see "
+                        "docs/weights.md")
+    tensors = named_tensors(tensors["model"], path)
+    used = {name: tensor for name, tensor in tensors.items() if not name.startswith("bn_t.")}
+    load_strictly(mask_branch, used, path)
 
 
-# The authors' files: (their prefix, ours). Longest first where one begins another.
+# The authors' files: their prefix of a name -> ours.
 OFFICIAL = {
-    "best_model.pth": [
-        ("image_encoder1.resnet_conv.0.", "visible_stem.conv1."), ("image_encoder1.resnet_conv.1.", "visible_stem.bn1."),
-        ("image_encoder2.resnet_conv.0.", "infrared_stem.conv1."), ("image_encoder2.resnet_conv.1.", "infrared_stem.bn1."),
-        *((f"share_encoder.resnet_conv.{i}.", f"backbone.layer{i + 1}.") for i in range(4)),
-        ("FCs.fc_bin", "appearance_parts.weight"), ("BNNecks.fc_bin", "appearance_head.weight"),
-        ("BNNecks.bn1d.", "appearance_head.bn.")],
-    "best_model2.pth": [
-        ("enhance_shape_net_3.g.0.", "pbmge.enhance_gait.g."), ("enhance_shape_net_3.", "pbmge.enhance_gait."),
-        ("enhance_app_net_3.g.0.", "pbmge.enhance_appearance.g."), ("enhance_app_net_3.", "pbmge.enhance_appearance.")],
-    "best_shape.pth": [
-        ("dinov2.dinov2.", "sasgl.dinov2."), ("dinov2.Mask_Branch.", "sasgl.mask_branch."),
-        ("dinov2.Denoising_Branch.", "sasgl.denoising_branch."), ("dinov2.Appearance_Branch.", "sasgl.appearance_branch."),
-        *((f"dinov2.gait_net.{theirs}.forward_block.{a}", f"sasgl.gait_net.{ours}.{b}")
-          for theirs, ours in (("pre_part", "denoising_stem"), ("pre_rgb", "appearance_stem"))
-          for a, b in (("conv1.conv.", "conv."), ("bn1.", "bn."), ("layer1.0.", "block."))),
-        ("dinov2.gait_net.fusion.conv.forward_block.", "sasgl.gait_net.fusion.score."),
-        *((f"dinov2.gait_net.post_backbone.resnet_conv.{i}.", f"sasgl.gait_net.backbone.layer{i + 1}.") for i in range(4)),
-        ("dinov2.gait_net.FCs.fc_bin", "gait_parts.weight"), ("dinov2.gait_net.BNNecks.fc_bin", "gait_head.weight"),
-        ("dinov2.gait_net.BNNecks.bn1d.", "gait_head.bn.")]}
+    "best_model.pth": {
+        "image_encoder1.resnet_conv.0.": "visible_stem.conv1.",
+        "image_encoder1.resnet_conv.1.": "visible_stem.bn1.",
+        "image_encoder2.resnet_conv.0.": "infrared_stem.conv1.",
+        "image_encoder2.resnet_conv.1.": "infrared_stem.bn1.",
+        "share_encoder.resnet_conv.0.": "backbone.layer1.",
+        "share_encoder.resnet_conv.1.": "backbone.layer2.",
+        "share_encoder.resnet_conv.2.": "backbone.layer3.",
+        "share_encoder.resnet_conv.3.": "backbone.layer4.",
+        "FCs.fc_bin": "appearance_parts.weight",
+        "BNNecks.fc_bin": "appearance_head.weight",
+        "BNNecks.bn1d.": "appearance_head.bn."},
+    "best_model2.pth": {
+        # Longest first: one begins the other.
+        "enhance_shape_net_3.g.0.": "pbmge.enhance_gait.g.",
+        "enhance_shape_net_3.": "pbmge.enhance_gait.",
+        "enhance_app_net_3.g.0.": "pbmge.enhance_appearance.g.",
+        "enhance_app_net_3.": "pbmge.enhance_appearance."},
+    "best_shape.pth": {
+        "dinov2.dinov2.": "sasgl.dinov2.",
+        "dinov2.Mask_Branch.": "sasgl.mask_branch.",
+        "dinov2.Denoising_Branch.": "sasgl.denoising_branch.",
+        "dinov2.Appearance_Branch.": "sasgl.appearance_branch.",
+        "dinov2.gait_net.pre_part.forward_block.conv1.conv.": "sasgl.gait_net.denoising_stem.conv.",
+        "dinov2.gait_net.pre_part.forward_block.bn1.": "sasgl.gait_net.denoising_stem.bn.",
+        "dinov2.gait_net.pre_part.forward_block.layer1.0.": "sasgl.gait_net.denoising_stem.block.",
+        "dinov2.gait_net.pre_rgb.forward_block.conv1.conv.": "sasgl.gait_net.appearance_stem.conv.",
+        "dinov2.gait_net.pre_rgb.forward_block.bn1.": "sasgl.gait_net.appearance_stem.bn.",
+        "dinov2.gait_net.pre_rgb.forward_block.layer1.0.": "sasgl.gait_net.appearance_stem.block.",
+        "dinov2.gait_net.fusion.conv.forward_block.": "sasgl.gait_net.fusion.score.",
+        "dinov2.gait_net.post_backbone.resnet_conv.0.": "sasgl.gait_net.backbone.layer1.",
+        "dinov2.gait_net.post_backbone.resnet_conv.1.": "sasgl.gait_net.backbone.layer2.",
+        "dinov2.gait_net.post_backbone.resnet_conv.2.": "sasgl.gait_net.backbone.layer3.",
+        "dinov2.gait_net.post_backbone.resnet_conv.3.": "sasgl.gait_net.backbone.layer4.",
+        "dinov2.gait_net.FCs.fc_bin": "gait_parts.weight",
+        "dinov2.gait_net.BNNecks.fc_bin": "gait_head.weight",
+        "dinov2.gait_net.BNNecks.bn1d.": "gait_head.bn."}}
+
 # Tensors that the files hold and the released network never reads.
-UNUSED = {"best_model.pth": ["share_encoder.GAP.p"], "best_model2.pth": [],
-          "best_shape.pth": ["dinov2.gait_net.post_backbone.GAP.p",
-                             *(f"dinov2.{branch}.bn_t.{k}" for branch in ("Mask_Branch", "Denoising_Branch")
-                               for k in ("running_mean", "running_var", "num_batches_tracked"))]}
+UNUSED = {
+    "best_model.pth": ["share_encoder.GAP.p"],
+    "best_model2.pth": [],
+    "best_shape.pth": ["dinov2.gait_net.post_backbone.GAP.p"] + [
+        f"dinov2.{branch}.bn_t.{name}" for branch in ("Mask_Branch", "Denoising_Branch")
+        for name in ("running_mean", "running_var", "num_batches_tracked")]}
+
+
+def official_names(own_names, prefixes):
+    """{the authors' name: ours} of the tensors that a file with these prefixes holds."""
+    names = {}
+    for own in own_names:
+        for theirs, ours in prefixes.items():
+            if own.startswith(ours):
+                names[theirs + own.removeprefix(ours)] = own
+                break
+    return names
 
 
 def load_official(folder):
-    """The authors' three files in `folder` -> a DinoGRL in eval mode that gives exactly their embeddings.
+    """The authors' three files in `folder` -> a DinoGRL in eval mode that gives exactly their
+    embeddings.
 
-    The class count is the files' own. gcn_* tensors are ignored. Raises UserError that lists every other missing,
-    surplus or misshapen tensor under the authors' name."""
+    The class count is the files' own. gcn_* tensors are ignored. Raises UserError that lists every
+    other missing, surplus or misshapen tensor under the authors' name."""
     paths = {name: os.path.join(folder, name) for name in OFFICIAL}
-    files = {name: state_dict(read_tensors(path), path) for name, path in paths.items()}
+    files = {name: named_tensors(read_tensors(path), path) for name, path in paths.items()}
     try:
         classes = files["best_model.pth"]["BNNecks.fc_bin"].shape[2]
     except (KeyError, IndexError):
-        raise UserError(f"{folder}/best_model.pth has no BNNecks.fc_bin (parts, dim, classes); expected the authors' "
-                        "appearance file") from None
-    model = DinoGRL(classes=classes, dinov2=load_dinov2("dinov2_vits14", pretrained=False))
+        raise UserError(f"{paths['best_model.pth']} has no BNNecks.fc_bin (parts, dim, classes); "
+                        "expected the authors' appearance file") from None
+    model = DinoGRL(Options(), classes, pretrained=False)
 
-    own = model.state_dict()
-    tensors, wrong = {}, []
-    for name, rules in OFFICIAL.items():
-        theirs = {}    # the authors' name of each tensor of ours that this file holds
-        for key in own:
-            rule = next(((a, b) for a, b in rules if key.startswith(b)), None)
-            if rule:
-                theirs[rule[0] + key[len(rule[1]):]] = key
-        held = {k: v for k, v in files[name].items() if ".gcn_" not in k}
-        shapes = {k: own[t].shape for k, t in theirs.items()} | dict.fromkeys(UNUSED[name])
-        wrong += [f"{name}: {misfit}" for misfit in misfits(held, shapes)]
-        tensors.update({t: held.get(k) for k, t in theirs.items()})
+    own, tensors, wrong = model.state_dict(), {}, []
+    for name, prefixes in OFFICIAL.items():
+        held = {key: tensor for key, tensor in files[name].items() if ".gcn_" not in key}
+        ours = official_names(own, prefixes)
+        wanted = {theirs: own[key] for theirs, key in ours.items()} | dict.fromkeys(UNUSED[name])
+        wrong += [f"{name}: {line}" for line in misfits(held, wanted)]
+        tensors.update({key: held.get(theirs) for theirs, key in ours.items()})
     if wrong:
         raise UserError(f"{folder} does not fit the released DinoGRL: {'; '.join(wrong)}")
     model.load_state_dict(tensors)    # strict: every tensor of ours came from one of the files

@@ -1,0 +1,464 @@
+"""One pose of one walker, drawn back to front with pillow. Knows no colour and no modality.
+
+    Walker, phase -> Pose: joints (forward, left, up) --+
+                                                        +--> Figure: inks (H,W) --> looks (H,W)
+    azimuth, tilt, size, foot -> View: pixels ----------+
+
+A body part has two inks, the second for its outline; an ink has two looks, the second where the
+garment's pattern is on. What a look looks like is for others to say: they paint it by day or night.
+
+Quick question: why are people drawn from their joints, and not pasted as pictures? (A person must
+be the same from any angle and at any moment of the stride: this is what is to be recognised.)
+
+Ours, not the papers': all of it.
+"""
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+LEFT, RIGHT = 1, -1
+
+# ---------------------------------------------------------------- tables ----
+# Lengths are in body heights, and widths those of a body of girth 1.
+
+
+class Upper(NamedTuple):
+    """A garment from the neck down, and how loosely it sits."""
+    covered: float      # share of the arm
+    arm: tuple          # looseness at shoulder, elbow, hand
+    torso: float        # looseness of the torso
+    tail: float         # share of the legs that it hangs over
+
+
+class Lower(NamedTuple):
+    """A garment from the waist down."""
+    covered: float      # share of each leg
+    leg: tuple          # looseness at hip, knee, ankle
+    skirt: float        # share of the legs that it hangs over as one piece: trousers have a seat
+    flare: float        # how much wider a skirt gets on its way down
+
+
+UPPERS = {
+    "tank": Upper(0, (0, 0, 0), 0, 0.02),
+    "t-shirt": Upper(0.31, (0.005, 0.008, 0), 0, 0.06),
+    "long sleeves": Upper(0.95, (0.003, 0.004, 0.006), 0, 0.04),
+    "jacket": Upper(0.93, (0.01, 0.01, 0.008), 0.014, 0.14),
+    "coat": Upper(0.93, (0.01, 0.01, 0.008), 0.014, 0.62)}
+LOWERS = {
+    "trousers": Lower(0.96, (0.004, 0.005, 0.008), 0.12, 0),
+    "wide trousers": Lower(0.96, (0.01, 0.022, 0.038), 0.12, 0),
+    "shorts": Lower(0.46, (0.01, 0.024, 0), 0.12, 0),
+    "skirt": Lower(0, (0, 0, 0), 0.5, 0.1),
+    "long skirt": Lower(0, (0, 0, 0), 0.9, 0.06)}
+BARE_ARM = 0.030, 0.024, 0.019    # radii at shoulder, elbow, hand
+BARE_LEG = 0.052, 0.037, 0.024    # radii at hip, knee, ankle
+
+# Ellipses: back, down, half width, half height, in half heads.
+SKULL = 0, -0.12, 1.05, 1.05
+FACE = -0.35, 0.22, 0.8, 0.78
+CROWN = 0, -0.65, 1.05, 0.5
+HAIRS = {    # hair behind the face; the face; hair or hat over it
+    "short": ([SKULL], [FACE], []),
+    "afro": ([(0, -0.15, 1.35, 1.25)], [FACE], []),
+    "bun": ([SKULL, (0.9, -0.75, 0.55, 0.45)], [FACE], []),
+    "long": ([SKULL, (0.4, 0.6, 1.05, 1.1), (0.55, 1.4, 0.85, 0.9)], [FACE], []),
+    "cap": ([SKULL], [FACE], [CROWN, (-0.7, -0.3, 1, 0.16)]),
+    "hat": ([SKULL], [FACE], [CROWN, (0, -0.3, 1.7, 0.16)])}
+BAGS = "none", "backpack", "shoulder bag", "handbag", "trolley"
+PATTERNS = ("plain", "across", "down", "checks", "dots", "band", "halves", "diagonal", "zigzag")
+
+# What has a paint of its own.
+ROLES = UPPER, LOWER, SKIN, HAIR, SHOES, BAG = range(6)
+NOBODY = -1    # the background's
+
+PARTS = {    # name: role, shade
+    "background": (NOBODY, 0), "bag": (BAG, 1), "strap": (BAG, 0.8), "torso": (UPPER, 1),
+    "tail": (UPPER, 0.96), "skirt": (LOWER, 1), "head": (SKIN, 1), "hair": (HAIR, 1)}
+for depth, shade in ("near", 1.06), ("far", 0.83):
+    PARTS |= {
+        f"{depth} sleeve": (UPPER, shade), f"{depth} hand": (SKIN, shade),
+        f"{depth} leg": (LOWER, shade), f"{depth} shin": (SKIN, shade),
+        f"{depth} shoe": (SHOES, shade)}
+
+OUTLINE_SHADE = 0.78
+INK = {name: 2 * i for i, name in enumerate(PARTS)}    # a part's; its outline's is one more
+ROLE_OF_INK = np.repeat([role for role, _ in PARTS.values()], 2)
+SHADE_OF_INK = np.outer([shade for _, shade in PARTS.values()], [1, OUTLINE_SHADE]).reshape(-1)
+BACKGROUND = slice(0, 2)    # its inks
+
+
+# ---------------------------------------------------------------- people ----
+
+@dataclass
+class Garment:
+    """How a garment is patterned."""
+    pattern: str     # one of PATTERNS
+    period: float    # of the pattern
+    duty: float      # share of the period in which it is on
+    level: float     # of a band or of the lower half, below the garment's top
+
+
+@dataclass
+class Walker:
+    """All that a person is in both modalities. Lengths in body heights, angles in radians."""
+    # The body
+    stature: float     # 1 is the average person's
+    leg: float
+    head: float
+    shoulder: float    # half a width, as hip
+    hip: float
+    girth: float       # 1 is the average person's
+    depth: float       # of the torso: half of it
+    arm: float
+    # The gait
+    pace: float        # change of phase from frame to frame
+    step: float        # swing of the thighs
+    swing: float       # of the arms
+    knee: float        # how far it bends
+    elbow: float
+    lean: float        # forward
+    uneven: float      # limp: what the left leg does more than the right one, as a share
+    bounce: float
+    sway: float
+    # The clothes
+    top: str           # one of UPPERS
+    bottom: str        # one of LOWERS
+    upper: Garment
+    lower: Garment
+    bag: str           # one of BAGS
+    bag_side: int      # LEFT or RIGHT
+    bag_size: float    # 1 is the average bag's
+    hair: str          # one of HAIRS
+
+
+class Joint(NamedTuple):
+    """In body heights, from the ground under the hips."""
+    forward: float
+    left: float
+    up: float
+
+
+class Pose:
+    """A walker at a phase (radians) of the stride.
+
+    legs {side: [hip, knee, ankle, toe]} and arms {side: [shoulder, elbow, hand]} are Joints; side
+    is LEFT or RIGHT. hip, neck: their heights."""
+
+    def __init__(self, walker, phase):
+        self.walker = walker
+        self.sway = walker.sway * math.sin(phase)
+        # The legs are half a stride apart.
+        phases = {RIGHT: phase, LEFT: phase + math.pi}
+        legs = {side: self._leg(side, phases[side]) for side in phases}
+        # The lower foot stands.
+        lowest = min(ankle.up for _, _, ankle, _ in legs.values())
+        self.hip = 0.03 - lowest + walker.bounce * math.cos(2 * phase)
+        self.legs = {side: [Joint(j.forward, j.left, max(0.012, self.hip + j.up)) for j in leg]
+                     for side, leg in legs.items()}
+        # The torso is what legs and head leave.
+        self.neck = self.hip + 1 - walker.leg - walker.head - 0.025
+        self.arms = {side: self._arm(side, phases[side]) for side in phases}
+
+    def trunk(self, up, left=0.0, forward=0.0):
+        """-> the Joint of a point of the leaning torso, given as if it stood upright."""
+        lean = math.tan(self.walker.lean) * (up - self.hip)
+        return Joint(lean + forward, left + self.sway, up)
+
+    def _leg(self, side, phase):
+        """-> Joints, with heights from the hips."""
+        walker = self.walker
+        step = walker.step * (0.65 if walker.bottom == "long skirt" else 1)
+        half = (walker.leg - 0.03) / 2
+        thigh = step * (1 + side * walker.uneven / 2) * math.sin(phase) + 0.08
+        # The knee bends as the leg comes forward.
+        shin = thigh - 0.06 - walker.knee * max(0, math.cos(phase + 0.5)) ** 1.5
+        left = side * walker.hip * 0.55 + self.sway
+        hip = Joint(0, left, 0)
+        knee = Joint(half * math.sin(thigh), left, -half * math.cos(thigh))
+        ankle = Joint(knee.forward + half * math.sin(shin), left, knee.up - half * math.cos(shin))
+        toe = Joint(ankle.forward + 0.085 * math.cos(shin), left * 1.3,
+                    ankle.up + 0.085 * min(0, math.sin(shin)))
+        return [hip, knee, ankle, toe]
+
+    def _arm(self, side, phase):
+        """It swings against its leg, but little with something in the hand."""
+        walker = self.walker
+        angle = -walker.swing * (1 - side * walker.uneven) * math.sin(phase)
+        bend = walker.elbow * (0.4 + 0.6 * max(0, -math.sin(phase)))
+        if walker.bag_side == side and walker.bag in ("handbag", "trolley"):
+            angle = angle * 0.3 - (0.3 if walker.bag == "trolley" else 0)
+            bend = 0.05
+        half = walker.arm / 2
+        shoulder = self.trunk(self.neck - 0.03, side * walker.shoulder * 0.92)
+        elbow = Joint(shoulder.forward + half * math.sin(angle),
+                      shoulder.left + side * 0.024 * walker.girth,
+                      shoulder.up - half * math.cos(angle))
+        hand = Joint(elbow.forward + half * math.sin(angle + bend), elbow.left,
+                     elbow.up - half * math.cos(angle + bend))
+        return [shoulder, elbow, hand]
+
+
+# --------------------------------------------------------------- drawing ----
+# Points of the picture are complex numbers, x + iy in pixels, y down: they add, and i turns them.
+
+@dataclass
+class View:
+    """From where a walker is seen, and how large."""
+    azimuth: float    # radians from frontal, positive: walks to the right
+    tilt: float       # pixels down per pixel nearer
+    size: float       # pixels of a body height
+    foot: tuple       # (x, y): pixels of the ground under the hips
+
+    def project(self, joint):
+        sin, cos = math.sin(self.azimuth), math.cos(self.azimuth)
+        aside = joint.forward * sin + joint.left * cos
+        nearer = joint.forward * cos - joint.left * sin
+        x, y = self.foot
+        return complex(x + self.size * aside, y - self.size * (joint.up - self.tilt * nearer))
+
+    def half_width(self, half, deep):
+        """-> pixels, of an upright ellipse that is so wide and deep."""
+        return self.size * math.hypot(half * math.cos(self.azimuth), deep * math.sin(self.azimuth))
+
+
+class Figure:
+    """A walker on a canvas of inks, of which the last one at a place is seen."""
+
+    def __init__(self, walker, phase, view, shape):
+        self.walker, self.view, self.size = walker, view, view.size
+        self.pose = Pose(walker, phase)
+        self.legs = self._projected(self.pose.legs)
+        self.arms = self._projected(self.pose.arms)
+        self.canvas = Image.new("L", shape[::-1])
+        self.pen = ImageDraw.Draw(self.canvas)
+        self.centre_lines = {}    # part -> points
+
+    def _projected(self, limbs):
+        return {side: [self.view.project(j) for j in joints] for side, joints in limbs.items()}
+
+    def at(self, up, left=0.0, forward=0.0):
+        """-> the pixel of a point of the torso."""
+        return self.view.project(self.pose.trunk(up, left, forward))
+
+    # Shapes
+
+    def ellipse(self, ink, centre, rx, ry):
+        x, y = centre.real, centre.imag
+        self.pen.ellipse([x - rx, y - ry, x + rx, y + ry], fill=ink)
+
+    def limb(self, part, joints, radii):
+        """A chain of tapered capsules with a thin outline."""
+        self.centre_lines[part] = joints
+        ends = list(zip(joints, radii, strict=True))
+        for ink, more in (INK[part] + 1, 1), (INK[part], 0):
+            for joint, radius in ends:
+                self.ellipse(ink, joint, radius + more, radius + more)
+            for (p, p_radius), (q, q_radius) in pairwise(ends):
+                normal = 1j * (q - p) / max(abs(q - p), 1e-6)
+                at_p, at_q = normal * (p_radius + more), normal * (q_radius + more)
+                corners = p + at_p, q + at_q, q - at_q, p - at_p
+                self.pen.polygon([(z.real, z.imag) for z in corners], fill=ink)
+
+    def panel(self, part, left, right):
+        """The polygon between two edges, both from the top down, with a thin outline."""
+        self.centre_lines[part] = [(p + q) / 2 for p, q in zip(left, right, strict=True)]
+        around = [*left, *right[::-1], left[0]]
+        corners = [(z.real, z.imag) for z in around]
+        self.pen.polygon(corners, fill=INK[part])
+        self.pen.line(corners, fill=INK[part] + 1, width=1)
+
+    # Parts
+
+    def draw(self):
+        """All of it, back to front."""
+        near = LEFT if math.sin(self.view.azimuth) < 0 else RIGHT
+        far = -near
+        lower, upper = LOWERS[self.walker.bottom], UPPERS[self.walker.top]
+        self.draw_bag_behind()
+        self.draw_arm(far, "far")
+        self.draw_leg(far, "far")
+        self.draw_leg(near, "near")
+        self.draw_drape("skirt", lower.skirt, lower.flare)
+        self.draw_drape("tail", upper.tail, 0.08, upper.torso)
+        self.draw_torso(upper.torso)
+        self.draw_straps()
+        self.draw_head()
+        self.draw_arm(near, "near")
+
+    def dressed(self, skin, cloth, joints, bare, covered, loose):
+        """An arm or a leg, and the garment over a share of it."""
+        girth = self.walker.girth
+        self.limb(skin, joints, [self.size * girth * radius for radius in bare])
+        where = 0, min(1, 2 * covered), 2 * covered    # 0 at the first joint, 2 at the last
+        middle = np.interp(where, (0, 1, 2), joints).tolist()
+        radii = self.size * (girth * np.interp(where, (0, 1, 2), bare) + loose)
+        self.limb(cloth, middle, radii)
+
+    def draw_leg(self, side, depth):
+        hip, knee, ankle, toe = self.legs[side]
+        heel = ankle + 1j * self.size * 0.008
+        lower = LOWERS[self.walker.bottom]
+        self.limb(depth + " shoe", [heel, toe], [self.size * 0.026, self.size * 0.02])
+        self.dressed(depth + " shin", depth + " leg", [hip, knee, ankle], BARE_LEG,
+                     lower.covered, lower.leg)
+
+    def draw_arm(self, side, depth):
+        walker, upper = self.walker, UPPERS[self.walker.top]
+        self.dressed(depth + " hand", depth + " sleeve", self.arms[side], BARE_ARM,
+                     upper.covered, upper.arm)
+        if side != walker.bag_side:
+            return
+        if walker.bag == "handbag":
+            _, _, hand = self.arms[side]
+            self.limb("strap", [hand, hand + 1j * self.size * 0.05], [self.size * 0.012] * 2)
+            self.bag_panel(hand, 0.05 + 0.04j, 1.3 * 0.05 + 0.13j)
+        if walker.bag == "shoulder bag":
+            bag = self.at(self.pose.hip - 0.03, side * (walker.hip + 0.03))
+            half = self.bag_scale * 0.035
+            self.limb("bag", [bag - half, bag + half], [self.bag_scale * 0.05] * 2)
+
+    @property
+    def bag_scale(self):
+        return self.size * self.walker.bag_size
+
+    def bag_panel(self, origin, top, bottom):
+        """top, bottom: the corners at the right; those at the left are their mirror images."""
+        right = [origin + self.bag_scale * z for z in (top, bottom)]
+        left = [origin - self.bag_scale * z.conjugate() for z in (top, bottom)]
+        self.panel("bag", left, right)
+
+    def draw_bag_behind(self):
+        walker, neck, large = self.walker, self.pose.neck, self.walker.bag_size
+        if walker.bag == "trolley":
+            _, _, hand = self.arms[walker.bag_side]
+            box = self.view.project(Joint(-0.2, walker.bag_side * walker.shoulder, 0.02))
+            self.limb("strap", [hand, box - 1j * self.size * 0.2], [self.size * 0.01] * 2)
+            self.bag_panel(box, 0.055 - 0.22j, 0.055 + 0j)
+        if walker.bag == "backpack":
+            top = self.at(neck - 0.05, 0, -walker.depth - 0.05)
+            bottom = self.at(neck - 0.08 - 0.14 * large, 0, -walker.depth - 0.06)
+            radius = self.view.half_width(0.09 * large, 0.065 * large)
+            self.limb("bag", [top, bottom], [radius] * 2)
+
+    def draw_straps(self):
+        walker, hip, neck = self.walker, self.pose.hip, self.pose.neck
+        ends = []    # at the neck, on the left of its middle; at the body; its height there
+        if walker.bag == "shoulder bag":
+            ends = [(-0.5 * walker.bag_side * walker.shoulder, walker.bag_side * walker.hip, hip)]
+        if walker.bag == "backpack":
+            ends = [(side * 0.6 * walker.shoulder, side * 0.7 * walker.shoulder, neck - 0.15)
+                    for side in (RIGHT, LEFT)]
+        for above, below, height in ends:
+            strap = [self.at(neck, above, 0.03), self.at(height, below, 0.03)]
+            self.limb("strap", strap, [self.size * 0.009] * 2)
+
+    def draw_drape(self, part, share, flare, loose=0.0):
+        """Cloth from the waist down a share of the legs, as wide there as the legs have spread: the
+        seat of trousers, a skirt, the tail of a coat."""
+        walker, hip = self.walker, self.pose.hip
+        spread = []
+        for joints in self.legs.values():
+            hip_knee_ankle = [z.real for z in joints[:3]]
+            spread.append(np.interp(share, [0, 0.5, 1], hip_knee_ankle))
+        waist = self.at(hip + 0.04)
+        half = self.view.half_width(walker.hip * walker.girth ** 0.5 + loose,
+                                    walker.depth * walker.girth + loose)
+        out = self.size * (0.042 * walker.girth + flare * share + loose)
+        _, ground = self.view.foot
+        hem = ground - self.size * (hip - (walker.leg - 0.03) * share)
+        self.panel(part, [waist - half, complex(min(spread) - out, hem)],
+                   [waist + half, complex(max(spread) + out, hem)])
+
+    def draw_torso(self, loose):
+        walker, hip, neck, girth = self.walker, self.pose.hip, self.pose.neck, self.walker.girth
+        rings = [    # height, half width, half depth
+            (neck + 0.012, 0.03, 0.03),
+            (neck - 0.01, walker.shoulder * 0.8, walker.depth * 0.8),
+            (neck - 0.04, walker.shoulder, walker.depth * 0.9),
+            (neck - 0.1, walker.shoulder * (0.75 + 0.16 * girth), walker.depth * girth),
+            (hip + 0.1, walker.hip * (0.55 + 0.4 * girth), walker.depth * girth * 0.9),
+            (hip + 0.03, walker.hip * girth ** 0.5 + 0.006, walker.depth * girth)]
+        left, right = [], []
+        for up, half, deep in rings:
+            centre, width = self.at(up), self.view.half_width(half + loose, deep + loose)
+            left.append(centre - width)
+            right.append(centre + width)
+        self.panel("torso", left, right)
+
+    def draw_head(self):
+        walker, neck = self.walker, self.pose.neck
+        ry, rx = walker.head / 2 * self.size, walker.head * 0.39 * self.size
+        head = self.at(neck + 0.025 + walker.head / 2, 0, 0.01)
+        throat = self.size * 0.024 * (0.7 + 0.3 * walker.girth)
+        self.limb("head", [self.at(neck), head], [throat] * 2)
+        sin = math.sin(self.view.azimuth)
+        behind, face, over = HAIRS[walker.hair]
+        for part, ellipses in ("hair", behind), ("head", face), ("hair", over):
+            for back, down, half, tall in ellipses:
+                centre = head + complex(-back * rx * sin, down * ry)
+                self.ellipse(INK[part], centre, rx * half, ry * tall)
+
+
+# -------------------------------------------------------------- patterns ----
+
+def is_on(garment, u, v):
+    """Where the garment's pattern is on: u right of the part's centre line, v below the garment's
+    top, both in periods -> boolean, of their shape. Not for "plain"."""
+    duty, level = garment.duty, garment.level / garment.period
+    match garment.pattern:
+        case "across":
+            return v % 1 < duty
+        case "down":
+            return (u + duty / 2) % 1 < duty
+        case "checks":
+            return ((u + duty / 2) % 1 < duty) ^ (v % 1 < duty)
+        case "dots":
+            every_other_row_shifted = u + v // 1 / 2
+            squares = (every_other_row_shifted % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2
+            return squares < (0.2 + 0.3 * duty) ** 2
+        case "band":
+            return (level < v) & (v < level + 1)
+        case "halves":
+            return v > level
+        case "diagonal":
+            return (u + v) % 1 < duty
+    # What is left is the zigzag.
+    return (v + abs((u + 0.5) % 1 - 0.5)) % 1 < duty
+
+
+def draw_patterns(figure, inks):
+    """inks (H, W) of a figure -> (H, W) uint8, 1 where a garment's pattern is on. In the garment's
+    own coordinates, so that a pattern moves with the torso and with each limb."""
+    H, W = inks.shape
+    # The column of an ink's centre line in each row
+    centre = np.zeros((len(ROLE_OF_INK), H), np.float32)
+    for part, points in figure.centre_lines.items():
+        y, x = np.array(sorted((z.imag, z.real) for z in points)).T
+        centre[INK[part]:INK[part] + 2] = np.interp(np.arange(H), y, x)
+    walker, pattern = figure.walker, np.zeros(H * W, np.uint8)
+    inks = inks.reshape(-1)
+    # take is much faster than inks as an index, and flatnonzero than nonzero.
+    role_of_pixel = np.take(ROLE_OF_INK, inks)
+    for role, garment, top in ((UPPER, walker.upper, figure.at(figure.pose.neck)),
+                               (LOWER, walker.lower, figure.at(figure.pose.hip + 0.04))):
+        if garment.pattern == "plain":
+            continue
+        pixels = np.flatnonzero(role_of_pixel == role)
+        y, x = np.divmod(pixels, W)
+        u = (x - centre[inks[pixels], y]) / garment.period / figure.size
+        v = (y - top.imag) / garment.period / figure.size
+        pattern[pixels] = is_on(garment, u, v)
+    return pattern.reshape(H, W)
+
+
+def draw_walker(walker, phase, view, shape):
+    """One pose of a walker. phase: radians of the stride; shape: (H, W) of the picture -> its
+    looks, (H, W) uint8: twice the ink, and one more where the garment's pattern is on."""
+    figure = Figure(walker, phase, view, shape)
+    figure.draw()
+    inks = np.asarray(figure.canvas)
+    return 2 * inks + draw_patterns(figure, inks)

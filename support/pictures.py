@@ -1,0 +1,380 @@
+"""Pictures: what a model sees (silhouettes, codes), what it finds (ranked lists), how it learned.
+
+    Column of each tracklet -> draw_silhouettes    frames, body probability, silhouette, both
+    codes, and the true mask with its IoU where there is one Row of each query -> draw_ranking
+    green frame: the right person; red: a wrong one; grey: unknown lines of log.jsonl ->
+    draw_curves    losses by epoch, Rank-1 by evaluation
+
+Each draw_ function returns a PIL image and runs no model. A code has 16 channels and the eye three,
+so its pixels are shown by their three principal components as red, green and blue, of all tracklets
+of a sheet together: the same colour is the same code wherever it stands.
+
+Quick question: which tracklets does a sheet show? (Evenly taken ones, chosen before anything is
+known of them. A picture of the best ones would show a hope.)
+
+Ours, not the papers': all of it.
+"""
+import math
+from typing import NamedTuple
+
+from support.files import UserError, printable
+from support.footage import read_frame
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+
+BLACK, GRID = (0, 0, 0), (222, 222, 222)
+GREEN, RED, GREY = (0, 150, 60), (215, 45, 35), (150, 150, 150)
+# One colour per curve, told apart by the colour-blind too as far as a dozen can be.
+COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9",
+           "#787878", "#000000", "#8c564b", "#9467bd", "#bcbd22", "#17828c"]
+TEXT_SIZE = 13
+
+
+def evenly(items, n):
+    """n of the items, evenly taken, the first and the last among them; all where there are
+    fewer."""
+    if not items:
+        return []
+    places = np.linspace(0, len(items) - 1, n).astype(int)
+    return [items[place] for place in np.unique(places)]
+
+
+def elided(text, width, font):
+    """The text, or its end after an ellipsis, so that it fits into `width` pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength("..." + text) > width:
+        text = text[1:]
+    return "..." + text
+
+
+class Sheet:
+    """A white image, written on in black."""
+
+    def __init__(self, width, height):
+        self.image = Image.new("RGB", (width, height), "white")
+        self.pen = ImageDraw.Draw(self.image)
+        self.font = ImageFont.load_default(TEXT_SIZE)
+
+    def text(self, x, y, words, width=math.inf):
+        """Words whose upper left corner is (x, y), in at most `width` pixels."""
+        words = printable(words)    # a font has no line breaks, and no bytes that are no text
+        words = elided(words, width, self.font)
+        self.pen.text((x, y), words, fill="black", font=self.font)
+
+
+# ----------------------------------------------------------- silhouettes ----
+
+
+def principal_axes(pixels):
+    """(M, 16) -> the three axes along which they differ most, (16, 3), the longest first."""
+    pixels = pixels - pixels.mean(0)
+    scatter = pixels.t() @ pixels
+    axes = torch.linalg.eigh(scatter).eigenvectors[:, -3:].flip(1)
+    # An axis has no direction of its own: choose one, so that runs can be compared.
+    return axes * axes.sum(0).sign()
+
+
+def principal_colours(codes):
+    """Codes of several tracklets, (T, 16, h, w) each -> the same in three colours, (T, 3, h, w) in
+    0..1, the background black."""
+    codes = [code.float().cpu().permute(0, 2, 3, 1) for code in codes]    # (T, h, w, 16)
+    bodies = [code.abs().sum(-1) > 0 for code in codes]
+    colours = [code.new_zeros(*code.shape[:3], 3) for code in codes]
+    pixels = torch.cat([code[body] for code, body in zip(codes, bodies, strict=True)])    # (M, 16)
+    if len(pixels) > 3:
+        centre, axes = pixels.mean(0), principal_axes(pixels)
+        # Between these two lie nearly all: a few odd pixels would leave no contrast to the others.
+        nearly_all = torch.tensor([0.02, 0.98])
+        low, high = ((pixels - centre) @ axes).quantile(nearly_all, dim=0)
+        extent = (high - low).clamp(min=1e-6)
+        for code, body, colour in zip(codes, bodies, colours, strict=True):
+            place = ((code[body] - centre) @ axes - low) / extent
+            colour[body] = 0.15 + 0.85 * place.clamp(0, 1)
+    return [colour.permute(0, 3, 1, 2) for colour in colours]
+
+
+def side_by_side(images, height, width):
+    """(T, h, w) or (T, 3, h, w) in 0..1 -> PIL image of T pictures in a row, each height x
+    width."""
+    images = images.float().cpu()
+    if images.ndim == 3:
+        images = images[:, None].expand(-1, 3, -1, -1)
+    images = F.interpolate(images, (height, width), mode="bilinear", align_corners=False)
+    row = images.clamp(0, 1).permute(2, 0, 3, 1).reshape(height, -1, 3)
+    return Image.fromarray((row * 255).byte().numpy())
+
+
+def rows_of(columns):
+    """See draw_silhouettes -> {name of a row: the images of each column, for side_by_side, or None
+    where a column has none}."""
+    denoising = [column.denoising for column in columns]
+    appearance = [column.appearance for column in columns]
+    masks = [column.masks for column in columns]
+    rows = {"frames": [column.frames / 255 for column in columns],
+            "body probability": [column.body for column in columns],
+            "silhouette": [column.silhouette for column in columns],
+            "denoising code": principal_colours(denoising),
+            "appearance code": principal_colours(appearance)}
+    if any(mask is not None for mask in masks):
+        rows["true mask"] = masks
+    return rows
+
+
+def draw_silhouettes(columns, height=128):
+    """A column per tracklet: its frames, the body probability, the silhouette, the denoising and
+    the appearance code, and the true mask with its IoU where there is one.
+
+    columns: objects with title (str), frames uint8 (T, 3, H, W), body (T, h, w) in 0..1, silhouette
+    (T, h, w), denoising and appearance (T, 16, h, w), masks bool (T, H, W) or None, iou (T,) or
+    None; T, H and W are the same in all."""
+    rows = rows_of(columns)
+    T, _, H, W = columns[0].frames.shape
+    left, top, gap = 130, 24, 8
+    foot = 16 if "true mask" in rows else 0    # for the IoU
+    width = height * W // H
+    column_width = T * width + gap
+    row_height = height + gap
+    bottom = top + len(rows) * row_height + foot
+    sheet = Sheet(left + len(columns) * column_width, bottom)
+    for r, (name, images_of) in enumerate(rows.items()):
+        y = top + r * row_height
+        sheet.text(6, y + height // 2 - 8, name)
+        for c, images in enumerate(images_of):
+            if images is not None:
+                strip = side_by_side(images, height, width)
+                sheet.image.paste(strip, (left + c * column_width, y))
+    for c, column in enumerate(columns):
+        x = left + c * column_width
+        sheet.text(x, 4, column.title, width=T * width)
+        if column.iou is not None:
+            mean = column.iou.mean().item()
+            sheet.text(x, bottom - 22, f"IoU {mean:.2f}")
+    return sheet.image
+
+
+# ---------------------------------------------------------- ranked lists ----
+
+
+class Found(NamedTuple):
+    """A tracklet in a ranked list. frames: paths; right: is it the query's person? None:
+    unknown."""
+    caption: str
+    frames: list
+    distance: float
+    right: bool | None
+
+
+class Row(NamedTuple):
+    """A query and what was found for it. frames: paths; ranked: of Found, the nearest first."""
+    title: str
+    frames: list
+    ranked: list
+
+
+class RankingSheet(Sheet):
+    """See draw_ranking. A cell: some frames of a tracklet in a coloured frame, words below."""
+    BORDER, PAD, TITLE, LINE, BELOW = 4, 10, 18, 15, 58    # pixels
+
+    def __init__(self, rows, columns, size, height, shown):
+        H, W = size
+        self.height, self.width = height, height * W // H    # of a frame
+        self.shown = shown    # frames in a cell
+        self.cell_height = height + 2 * self.BORDER
+        self.cell_width = shown * self.width + 2 * self.BORDER
+        self.row_height = self.cell_height + self.BELOW
+        width = 2 * self.PAD + columns * (self.cell_width + self.PAD)
+        super().__init__(width, self.PAD + rows * self.row_height)
+
+    def title(self, row, words):
+        self.text(self.PAD, self.PAD + row * self.row_height, words)
+
+    def cell(self, row, column, frames, colour, *lines):
+        """Column 0 is the query's, a little apart."""
+        x = self.PAD + column * (self.cell_width + self.PAD)
+        if column > 0:
+            x += self.PAD
+        y = self.PAD + row * self.row_height + self.TITLE
+        right, bottom = x + self.cell_width, y + self.cell_height
+        self.pen.rectangle((x, y, right - 1, bottom - 1), fill=colour)
+        for k, frame in enumerate(evenly(frames, self.shown)):
+            self.frame(x + self.BORDER + k * self.width, y + self.BORDER, frame)
+        for k, words in enumerate(lines):
+            self.text(x, bottom + 2 + k * self.LINE, words, width=self.cell_width)
+
+    def frame(self, x, y, path):
+        try:
+            pixels = read_frame(path, (self.height, self.width))
+        except UserError:    # a gallery kept in a file may outlive its frames
+            right, bottom = x + self.width, y + self.height
+            self.pen.rectangle((x, y, right - 1, bottom - 1), fill="white")
+            self.text(x + 4, y + self.height // 2, "no file")
+            return
+        image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        self.image.paste(image, (x, y))
+
+
+def draw_ranking(rows, size, height=112, shown=3):
+    """rows: of Row; size: (H, W) whose shape the frames get. A row: the query, then its ranked
+    tracklets, `shown` frames of each, in a green, red or grey frame."""
+    rows = [Row(*row) for row in rows]    # plain tuples are as good
+    longest = max((len(row.ranked) for row in rows), default=0)
+    sheet = RankingSheet(len(rows), 1 + longest, size, height, shown)
+    colours = {True: GREEN, False: RED, None: GREY}
+    for r, row in enumerate(rows):
+        sheet.title(r, row.title)
+        sheet.cell(r, 0, row.frames, BLACK, "query")
+        for place, found in enumerate(row.ranked, start=1):
+            found = Found(*found)
+            words = f"{place}.   {found.distance:.3f}"
+            sheet.cell(r, place, found.frames, colours[found.right], words, found.caption)
+    return sheet.image
+
+
+# ---------------------------------------------------------------- curves ----
+
+# Lines are drawn four times as large and halved: smooth, and twice the screen's resolution.
+SCALE = 4
+STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 10 ** 6)    # epochs between two ticks
+
+
+class Panel:
+    """Axes with labels, ticks and a grid, in units of the values; lines with a legend at the right.
+
+    box: (left, top, right, bottom) in the sheet. log: whether the values are logarithmic. All
+    places here are in pixels before scaling."""
+
+    def __init__(self, sheet, box, epochs, low, high, log):
+        self.sheet, self.pen = sheet, ImageDraw.Draw(sheet)
+        self.box = self.left, self.top, self.right, self.bottom = box
+        self.last_epoch = max(epochs, 2)
+        self.low, self.high, self.log = low, high, log
+        if log:    # whole decades
+            self.low = math.floor(math.log10(low))
+            self.high = math.ceil(math.log10(high))
+        self.high = max(self.high, self.low + 1)
+        self.lines = 0    # that are drawn
+
+    def x_of(self, epoch):
+        share = (epoch - 1) / (self.last_epoch - 1)
+        return self.left + (self.right - self.left) * share
+
+    def y_of(self, value):
+        if self.log:
+            value = math.log10(value)
+        share = (value - self.low) / (self.high - self.low)
+        return self.bottom - (self.bottom - self.top) * share
+
+    def stroke(self, places, colour, width=1):
+        """A line through places (x, y)."""
+        scaled = [(SCALE * x, SCALE * y) for x, y in places]
+        self.pen.line(scaled, fill=colour, width=SCALE * width, joint="curve")
+
+    def dot(self, x, y, colour, radius=3):
+        edges = x - radius, y - radius, x + radius, y + radius
+        self.pen.ellipse([SCALE * edge for edge in edges], fill=colour)
+
+    def text(self, x, y, words, anchor, size=TEXT_SIZE):
+        font = ImageFont.load_default(SCALE * size)
+        self.pen.text((SCALE * x, SCALE * y), words, fill="black", font=font, anchor=anchor)
+
+    def draw_axes(self, title, y_label):
+        middle = (self.left + self.right) / 2
+        self.text(middle, self.top - 14, printable(title), "mm", size=15)
+        self.text(middle, self.bottom + 38, "epoch", "mm")
+        self._draw_upright(y_label)
+        self._draw_values()
+        self._draw_epochs()
+        edges = [SCALE * edge for edge in self.box]
+        self.pen.rectangle(edges, outline="black", width=SCALE)
+
+    def _draw_upright(self, y_label):
+        """The label of the values: drawn as any, then turned."""
+        width, height = SCALE * 240, SCALE * 20
+        label = Image.new("RGB", (width, height), "white")
+        font = ImageFont.load_default(SCALE * TEXT_SIZE)
+        centre = width // 2, height // 2
+        ImageDraw.Draw(label).text(centre, y_label, fill="black", font=font, anchor="mm")
+        middle = (self.top + self.bottom) / 2
+        place = SCALE * (self.left - 64), SCALE * int(middle - 120)
+        self.sheet.paste(label.rotate(90, expand=True), place)
+
+    def _draw_values(self):
+        """The grid and its numbers."""
+        ticks = np.linspace(self.low, self.high, 6)
+        if self.log:
+            ticks = [10.0 ** k for k in range(self.low, self.high + 1)]
+        for value in ticks:
+            y = self.y_of(value)
+            self.stroke([(self.left, y), (self.right, y)], GRID)
+            self.text(self.left - 8, y, f"{value:g}", "rm")
+
+    def _draw_epochs(self):
+        step = next(step for step in STEPS if self.last_epoch / step <= 10)
+        for epoch in dict.fromkeys([1, *range(step, self.last_epoch + 1, step)]):
+            x = self.x_of(epoch)
+            self.stroke([(x, self.bottom), (x, self.bottom + 5)], BLACK)
+            self.text(x, self.bottom + 16, f"{epoch}", "mm")
+
+    def line(self, name, points):
+        """points: [(epoch, value), ...]. The legend shows the last value."""
+        colour = COLOURS[self.lines % len(COLOURS)]
+        places = [(self.x_of(epoch), self.y_of(value)) for epoch, value in points]
+        self.stroke(places, colour, width=2)
+        for x, y in places:
+            self.dot(x, y, colour)
+        last_value = points[-1][1]
+        x = self.right + 14
+        y = self.top + 10 + 20 * self.lines
+        self.stroke([(x, y), (x + 18, y)], colour, width=3)
+        self.text(x + 24, y, f"{name}  {last_value:.3g}", "lm")
+        self.lines += 1
+
+
+def curves(log, key):
+    """Lines of a log, each with {name: value} under `key` or nothing -> {name: [(epoch, value),
+    ...]}, the names in the order in which they first come."""
+    found = {}
+    for line in log:
+        for name, value in line.get(key, {}).items():
+            found.setdefault(name, []).append((line["epoch"], value))
+    return found
+
+
+def positive(losses):
+    """Curves without what no logarithmic axis can show."""
+    kept = {}
+    for name, points in losses.items():
+        points = [(epoch, value) for epoch, value in points if 0 < value < math.inf]
+        if points:
+            kept[name] = points
+    return kept
+
+
+def draw_curves(log, title):
+    """log: the lines of log.jsonl as dicts -> every loss by epoch (logarithmic) and, where it was
+    evaluated, Rank-1 in per cent. A line without "losses" adds none: older runs have such lines."""
+    losses = positive(curves(log, "losses"))
+    values = [value for points in losses.values() for _, value in points]
+    lowest, highest = min(values, default=1), max(values, default=1)
+    epochs = log[-1]["epoch"]
+    height = max(420, 100 + 20 * len(losses))
+    top, bottom = 44, height - 62
+    sheet = Image.new("RGB", (SCALE * 1240, SCALE * height), "white")
+
+    box = 76, top, 486, bottom
+    panel = Panel(sheet, box, epochs, lowest, highest, log=True)
+    panel.draw_axes(f"{title}: losses", "weighted loss, mean of the epoch")
+    for name, points in losses.items():
+        panel.line(name, points)
+
+    box = 776, top, 1030, bottom
+    panel = Panel(sheet, box, epochs, 0, 100, log=False)
+    panel.draw_axes("test", "Rank-1 (%)")
+    for direction, points in curves(log, "rank-1").items():
+        per_cent = [(epoch, 100 * share) for epoch, share in points]
+        panel.line(direction, per_cent)
+    return sheet.reduce(SCALE // 2)
