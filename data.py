@@ -1,20 +1,20 @@
 """Tracklets: both benchmarks read from disk, frames and identities sampled, batches augmented.
 
-    --data PATH -> load_dataset -> Dataset: train tracklets, test tracklets, both directions' indices
+    --data PATH -> load_dataset -> Dataset: train and test tracklets, both directions' indices
        train: IdentitySampler: P identities x K tracklets x 2 modalities -> Frames -> augment
        test:  every test tracklet once, in order                         -> Frames -> normalise
 
-What comes out of either: float32 frames (B, T, 3, H, W) and modality (B,), 0 visible, 1 infrared. PATH
-may be HITSZ-VCM or BUPTCampus; which one is seen from its files (docs/data.md). `python data.py PATH`
-prints the statistics and every problem: run it once before the first training.
+What comes out of either: float32 frames (B, T, 3, H, W) and modality (B,), 0 visible, 1 infrared.
+PATH may be HITSZ-VCM or BUPTCampus; which one is seen from its files (docs/data.md). `python
+data.py PATH` prints the statistics and every problem: run it once before the first training.
 
 Quick question: why does every frame of a tracklet get the same crop, flip and erased rectangle?
 (Drawn anew per frame, a walking person would jump and turn about six times a second, and no part of
 the body would be where it was.)
 
 Ours, not the paper's: one draw of the augmentation per tracklet; the pad of the random crop scales
-with the image (10 pixels at height 256); an order of identities, tracklets and frames that depends on
-seed and epoch alone; the rule `consecutive`; the checks.
+with the image (10 pixels at height 256); an order of identities, tracklets and frames that depends
+on seed and epoch alone; the rule `consecutive`; the checks.
 """
 import json
 import math
@@ -50,8 +50,8 @@ class Tracklet:
 
 @dataclass
 class Dataset:
-    """train, test: lists of Tracklet. directions: {"infrared->visible": (query, gallery), ...}, both
-    indices into test.
+    """train, test: lists of Tracklet. directions: {"infrared->visible": (query, gallery), ...},
+    both indices into test.
 
     ignore_same_camera: a gallery tracklet with the query's pid and camera does not count.
     test_frames: which frames the protocol takes, a name of FRAME_RULES. missing: listed frames that
@@ -131,14 +131,14 @@ def hitsz_folder(root, split):
 
 
 def read_hitsz_names(dataset, info, split):
-    """train_name.txt or test_name.txt -> per line (path of the frame, its (pid, M, camera)), or None
-    where the line is wrong."""
+    """train_name.txt or test_name.txt -> per line (path of the frame, its (pid, M, camera)), or
+    None where the line is wrong."""
     folder, names_file, entries = hitsz_folder(dataset.root, split), f"{split}_name.txt", []
     for number, line in enumerate(read_lines(os.path.join(info, names_file)), 1):
         match = HITSZ_NAME.fullmatch(line.strip())
         if match is None:
-            dataset.problems.append(f"{names_file} line {number}: {line.strip()[:60]!r} is no frame "
-                                    "name; expected one such as 0001M2D3T1F1.jpg")
+            dataset.problems.append(f"{names_file} line {number}: {line.strip()[:60]!r} is no "
+                                    "frame name; expected one such as 0001M2D3T1F1.jpg")
             entries.append(None)
             continue
         pid, m, camera, file = match.groups()
@@ -148,8 +148,10 @@ def read_hitsz_names(dataset, info, split):
 
 
 def read_hitsz_tracks(dataset, info, split):
-    """track_train_info.txt or track_test_info.txt -> per row a Tracklet, or None where it is wrong."""
-    entries, info_file, tracklets = read_hitsz_names(dataset, info, split), f"track_{split}_info.txt", []
+    """track_train_info.txt or track_test_info.txt -> per row a Tracklet, or None where it is
+    wrong."""
+    entries, tracklets = read_hitsz_names(dataset, info, split), []
+    info_file = f"track_{split}_info.txt"
     for number, line in enumerate(read_lines(os.path.join(info, info_file)), 1):
         try:
             m, start, end, pid, camera = (int(word.removesuffix(".0")) for word in line.split())
@@ -158,14 +160,15 @@ def read_hitsz_tracks(dataset, info, split):
         except ValueError:
             dataset.problems.append(f"{info_file} row {number}: {line.strip()[:60]!r}; expected "
                                     "`modality start end pid camera` with modality 1 or 2 and 1 <= "
-                                    f"start <= end <= {len(entries)}, the lines of {split}_name.txt")
+                                    f"start <= end <= {len(entries)}, the lines of "
+                                    f"{split}_name.txt")
             tracklets.append(None)
             continue
         frames = [entry for entry in entries[start - 1:end] if entry]
         if any(written != (pid, m, camera) for _, written in frames):
             dataset.notes.append(f"{info_file} row {number} says pid {pid}, modality {m}, camera "
-                                 f"{camera}, but its lines of {split}_name.txt say otherwise; the row "
-                                 "is believed")
+                                 f"{camera}, but its lines of {split}_name.txt say otherwise; the "
+                                 "row is believed")
         paths = tuple(path for path, _ in frames)
         tracklets.append(Tracklet(paths, pid, f"D{camera}", HITSZ_MODALITY[m]))
     return tracklets
@@ -178,8 +181,8 @@ def read_hitsz_queries(dataset, info, test_rows):
     for word in text.replace(",", " ").split():
         row = int(word) if word.isdecimal() and len(word) < 10 else 0
         if not 1 <= row <= len(test_rows):
-            dataset.problems.append(f"query_IDX.txt: {word[:60]!r} is no row of track_test_info.txt; "
-                                    f"expected 1..{len(test_rows)}")
+            dataset.problems.append(f"query_IDX.txt: {word[:60]!r} is no row of "
+                                    f"track_test_info.txt; expected 1..{len(test_rows)}")
         elif test_rows[row - 1] and test_rows[row - 1].modality != INFRARED:
             dataset.problems.append(f"query_IDX.txt: row {row} of track_test_info.txt is visible; "
                                     "queries are infrared")
@@ -217,8 +220,9 @@ def read_bupt(root, auxiliary):
     place = {tracklet: i for i, tracklet in enumerate(dataset.test)}
     for direction in DIRECTIONS:
         query_modality, gallery_modality = direction.split("->")
-        dataset.directions[direction] = ([place[t] for t in query if t.modality == query_modality],
-                                         [place[t] for t in gallery if t.modality == gallery_modality])
+        dataset.directions[direction] = (
+            [place[t] for t in query if t.modality == query_modality],
+            [place[t] for t in gallery if t.modality == gallery_modality])
     return dataset
 
 
@@ -229,9 +233,10 @@ def read_bupt_rows(dataset, paths, name, modalities):
         words, where = line.split(), f"{name} row {number}"
         if not words:
             continue
-        if len(words) != 4 or words[1] not in modalities or not re.fullmatch(r"\d{1,9}", words[0], re.A):
-            dataset.problems.append(f"{where}: {line.strip()[:60]!r}; expected `pid modality camera "
-                                    f"tracklet` with modality {' or '.join(modalities)}")
+        is_row = len(words) == 4 and words[1] in modalities
+        if not is_row or not re.fullmatch("[0-9]{1,9}", words[0]):
+            dataset.problems.append(f"{where}: {line.strip()[:60]!r}; expected `pid modality "
+                                    f"camera tracklet` with modality {' or '.join(modalities)}")
             continue
         pid, both, camera, track = words
         for modality in both.split("/"):
@@ -247,7 +252,8 @@ def bupt_frames(dataset, paths, where, keys):
         frames = paths
         for key in keys:
             frames = frames[key]
-        if not isinstance(frames, list) or not frames or not all(isinstance(f, str) for f in frames):
+        are_paths = isinstance(frames, list) and all(isinstance(frame, str) for frame in frames)
+        if not frames or not are_paths:
             raise TypeError
     except (KeyError, TypeError, IndexError):
         dataset.problems.append(f"{where}: data_paths.json has no frames for "
@@ -298,9 +304,10 @@ def find_dataset(path):
         raise UserError(f"several datasets in {path} ({', '.join(map(os.path.basename, inner))}); "
                         "expected one: name it")
     if holds_images(path):
-        raise UserError(f"no dataset in {path}, but images: expected the lists of HITSZ-VCM (info/) or "
-                        "BUPTCampus (train.txt, data_paths.json); footage of your own goes to evaluate.py "
-                        "--checkpoint RUN --query DIR --gallery DIR, see docs/footage.md")
+        raise UserError(f"no dataset in {path}, but images: expected the lists of HITSZ-VCM "
+                        "(info/) or BUPTCampus (train.txt, data_paths.json); footage of your own "
+                        "goes to evaluate.py --checkpoint RUN --query DIR --gallery DIR, see "
+                        "docs/footage.md")
     raise UserError(f"no dataset in {path}; expected Train/ Test/ info/ (HITSZ-VCM), or train.txt, "
                     "data_paths.json and DATA/ (BUPTCampus); see docs/data.md")
 
@@ -329,8 +336,9 @@ def find_missing_frames(dataset):
                 dataset.problems.append(f"no file {frame}, though the dataset's lists name it")
     if other_case:
         listed, found = other_case[0]
-        dataset.problems.append(f"{len(other_case):,} files differ from the dataset's lists in upper "
-                                f"and lower case alone: {found} instead of {listed}; rename them")
+        dataset.problems.append(f"{len(other_case):,} files differ from the dataset's lists in "
+                                f"upper and lower case alone: {found} instead of {listed}; rename "
+                                "them")
 
 
 def check_identities(dataset):
@@ -343,22 +351,22 @@ def check_identities(dataset):
         modalities[t.pid].add(t.modality)
     for pid, there in sorted(modalities.items()):
         if len(there) == 1:
-            dataset.problems.append(f"training identity {pid} has {min(there)} tracklets only; expected "
-                                    "both modalities: remove its rows")
+            dataset.problems.append(f"training identity {pid} has {min(there)} tracklets only; "
+                                    "expected both modalities: remove its rows")
     for direction, (query, gallery) in dataset.directions.items():
         there = {dataset.test[i].pid for i in gallery}
         alone = sum(dataset.test[i].pid not in there for i in query)
         if alone:
-            dataset.notes.append(f"{direction}: {alone} queries have no tracklet of their person in the "
-                                 "gallery: not scored")
+            dataset.notes.append(f"{direction}: {alone} queries have no tracklet of their person "
+                                 "in the gallery: not scored")
         if dataset.test and alone == len(query):
             dataset.problems.append(f"{direction}: {len(query)} queries and a gallery of "
                                     f"{len(gallery)}, without one right answer; expected some")
 
 
 def read_dataset(path, auxiliary=False):
-    """Recognises and reads the dataset at `path`; its .problems lists what is wrong. Raises UserError
-    if none is there."""
+    """Recognises and reads the dataset at `path`; its .problems lists what is wrong. Raises
+    UserError if none is there."""
     dataset = find_dataset(path)(auxiliary)
     find_missing_frames(dataset)
     check_identities(dataset)
@@ -392,14 +400,15 @@ def linspace(n, T, rng=None):
 
 
 def consecutive(n, T, rng=None):
-    """T successive ones of n frames, from the middle, or with rng from anywhere; of fewer than T the
-    last is repeated. [ours]"""
+    """T successive ones of n frames, from the middle, or with rng from anywhere; of fewer than T
+    the last is repeated. [ours]"""
     starts = max(1, n - T + 1)
     start = starts // 2 if rng is None else rng.integers(starts)
     return np.minimum(start + np.arange(T), n - 1)
 
 
-# (n, T, rng or None) -> T indices. A rule of your own goes here: --frame-rule NAME, in training and test.
+# (n, T, rng or None) -> T indices. A rule of your own goes here: --frame-rule NAME, in training and
+# test.
 FRAME_RULES = {"chunks": chunks, "linspace": linspace, "consecutive": consecutive}
 
 
@@ -408,7 +417,8 @@ def frame_rule(config, dataset):
     UserError."""
     rule = config.frame_rule or dataset.test_frames
     if rule not in FRAME_RULES:
-        raise UserError(f"--frame-rule {rule} is not known; expected one of {', '.join(FRAME_RULES)}")
+        raise UserError(f"--frame-rule {rule} is not known; expected one of "
+                        f"{', '.join(FRAME_RULES)}")
     return rule
 
 
@@ -441,11 +451,12 @@ class Frames(torch.utils.data.Dataset):
 
 
 class IdentitySampler:
-    """Batches of keys for Frames: P identities x K tracklets of each modality, the visible ones first.
+    """Batches of keys for Frames: P identities x K tracklets of each modality, the visible ones
+    first.
 
-    The order is a function of seed and epoch (set .epoch) alone. rank, world: every process draws the
-    same P identities and takes its own share. An identity with fewer than K tracklets of a modality
-    repeats some. Raises UserError if P cannot be drawn or shared."""
+    The order is a function of seed and epoch (set .epoch) alone. rank, world: every process draws
+    the same P identities and takes its own share. An identity with fewer than K tracklets of a
+    modality repeats some. Raises UserError if P cannot be drawn or shared."""
 
     def __init__(self, tracklets, *, P, K, steps, seed, rank=0, world=1):
         by_pid = defaultdict(lambda: {VISIBLE: [], INFRARED: []})
@@ -453,8 +464,8 @@ class IdentitySampler:
             by_pid[t.pid][t.modality].append(i)
         self.identities = [by_pid[pid] for pid in sorted(by_pid)]
         if not 2 <= P <= len(self.identities):
-            raise UserError(f"--identities {P} a batch of {len(self.identities)} training identities; "
-                            f"expected 2 to {len(self.identities)}")
+            raise UserError(f"--identities {P} a batch of {len(self.identities)} training "
+                            f"identities; expected 2 to {len(self.identities)}")
         if P % world:
             raise UserError(f"--identities {P} cannot be shared by {world} processes; expected a "
                             f"multiple of {world}")
@@ -494,7 +505,8 @@ ERASED = torch.tensor([0.4914, 0.4822, 0.4465])
 
 
 def normalise(frames, channels=slice(None)):
-    """uint8 (..., 3, H, W), or those of the channels that are there -> float32, mean 0, deviation 1."""
+    """uint8 (..., 3, H, W), or those of the channels that are there -> float32, mean 0, deviation
+    1."""
     mean = MEAN[channels, None, None].to(frames.device)
     std = STD[channels, None, None].to(frames.device)
     return (frames / 255).sub_(mean).div_(std)
@@ -504,9 +516,9 @@ def augment(frames, modality, rng, erase=0.5):
     """uint8 (B, T, 3, H, W), modality (B,), numpy Generator -> normalised float32, all frames of a
     tracklet alike.
 
-    Pad + random crop, flip, random erasing (with probability `erase`); then one channel copied to all
-    three for half of the visible tracklets, and for infrared a channel (3 of 4) or the gray mix (1 of
-    8). The numbers are drawn on the CPU: a GPU is not waited for."""
+    Pad + random crop, flip, random erasing (with probability `erase`); then one channel copied to
+    all three for half of the visible tracklets, and for infrared a channel (3 of 4) or the gray mix
+    (1 of 8). The numbers are drawn on the CPU: a GPU is not waited for."""
     B, T, C, H, W = frames.shape
     pad = round(10 * H / 256)
     crops = [(*rng.integers(2 * pad + 1, size=2), rng.random() < 0.5) for _ in range(B)]
@@ -533,8 +545,8 @@ def augment(frames, modality, rng, erase=0.5):
 
 
 def erased_box(H, W, rng):
-    """Random erasing's rectangle (y, x, h, w): 2-40 % of the area, aspect 0.3-3.3. None if 100 tries
-    do not fit."""
+    """Random erasing's rectangle (y, x, h, w): 2-40 % of the area, aspect 0.3-3.3. None if 100
+    tries do not fit."""
     for _ in range(100):
         area = rng.uniform(0.02, 0.4) * H * W
         aspect = rng.uniform(0.3, 1 / 0.3)
@@ -562,14 +574,16 @@ def print_statistics(dataset):
             mine = [t for t in tracklets if t.modality == modality]
             people, frames = len({t.pid for t in mine}), sum(len(t.frames) for t in mine)
             cameras = sorted({t.camera for t in mine}, key=lambda camera: (len(camera), camera))
-            say(f"{split:<8}{modality:<10}{people:>10,}{len(mine):>11,}{frames:>10,}  {len(cameras)}: "
+            say(f"{split:<8}{modality:<10}{people:>10,}{len(mine):>11,}{frames:>10,}  "
+                f"{len(cameras)}: "
                 + printable(" ".join(cameras)))
     for direction, (query, gallery) in dataset.directions.items():
         say(f"{direction}: {len(query):,} queries, {len(gallery):,} gallery tracklets")
 
 
 def main():
-    parser = Parser(description="Statistics and every problem of a dataset; exit code 0 if it is usable.")
+    parser = Parser(description="Statistics and every problem of a dataset; exit code 0 if it is "
+                                "usable.")
     parser.add_argument("path", metavar="PATH", help="HITSZ-VCM (any layout) or BUPTCampus")
     parser.add_argument("--auxiliary", choices=("on", "off"), default="off",
                         help="BUPTCampus: count its auxiliary training set too")

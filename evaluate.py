@@ -1,14 +1,16 @@
-"""Evaluation: test tracklets embedded once, both directions ranked; or a search in one's own footage.
+"""Evaluation: test tracklets embedded once, both directions ranked; or a search in one's own
+footage.
 
     python evaluate.py --checkpoint RUN [--data PATH]                a run of train.py
     python evaluate.py --official DIR --data PATH                    the authors' three files
     python evaluate.py --checkpoint RUN --query DIR --gallery DIR    who of the gallery is this?
 
-    test tracklets -> embed -> (N, parts, dim) --+-- infrared->visible: distances -> ranks -> results
+    test tracklets -> embed -> (N, parts, dim) --+-- infrared->visible: distances, ranks, results
                                                  +-- visible->infrared: the same, roles swapped
     own footage    -> embed -> FILE.npz, read piece by piece -> the nearest of each query
 
-How embeddings become ranks stands in support/ranking.py, how pictures are drawn in pictures.py there.
+How embeddings become ranks stands in support/ranking.py, how pictures are drawn in pictures.py
+there.
 
 Quick question: why is every test tracklet embedded once, though each takes part in both directions?
 (Its embedding does not depend on who asks. A loader per direction does the same work twice.)
@@ -23,17 +25,54 @@ from dataclasses import dataclass, fields, make_dataclass
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from data import (DIRECTIONS, INFRARED, MODALITIES, VISIBLE, Dataset, Frames, FRAME_RULES, Tracklet,
-                  frame_rule, load_dataset, normalise)
-from support.files import (UserError, check_writable, printable, write_atomic, write_json,
-                           write_picture)
+from data import (
+    DIRECTIONS,
+    FRAME_RULES,
+    INFRARED,
+    MODALITIES,
+    VISIBLE,
+    Dataset,
+    Frames,
+    Tracklet,
+    frame_rule,
+    load_dataset,
+    normalise,
+)
+from support.files import (
+    UserError,
+    check_writable,
+    printable,
+    write_atomic,
+    write_json,
+    write_picture,
+)
 from support.footage import ANIMATED, find_footage, ignore_interrupts, read_frame
-from support.options import (Bar, Parser, add_options, check_ranges, cli, given_options, load_method,
-                             option, say, stored_config)
+from support.options import (
+    Bar,
+    Parser,
+    add_options,
+    check_ranges,
+    cli,
+    given_options,
+    load_method,
+    option,
+    say,
+    stored_config,
+)
 from support.parallel import collect_in_first, join, leave, processes
 from support.pictures import draw_ranking, draw_silhouettes, evenly
-from support.ranking import (Labels, StoredGallery, as_integers, distances, fingerprint, matches,
-                             nearest, rerank, score, write_gallery)
+from support.ranking import (
+    Labels,
+    StoredGallery,
+    as_integers,
+    distances,
+    fingerprint,
+    matches,
+    nearest,
+    rerank,
+    score,
+    write_gallery,
+)
 from support.weights import read_checkpoint, rebuild
 
 import numpy as np
@@ -47,7 +86,8 @@ MOST_ROWS = 50    # queries in a picture of a search
 @dataclass
 class Reading:
     """The choices of a run that an evaluation needs too; train.Config adds the others."""
-    data: str = option("", "HITSZ-VCM or BUPTCampus folder; without it walkers are made under runs/ "
+    data: str = option("", "HITSZ-VCM or BUPTCampus folder; without it walkers are made under "
+                           "runs/ "
                        "and learned", group="data")
     size: tuple = option((256, 128), "height and width of the frames; the maps' rows are cut into "
                          "strips", 1, 4096, group="data")
@@ -55,7 +95,8 @@ class Reading:
                          1, 1024, group="data")
     frame_rule: str = option("", f"which frames: {', '.join(FRAME_RULES)}; none: as the dataset's "
                              "protocol has it", group="data")
-    workers: int = option(min(8, os.cpu_count() or 1), "loader processes; raise it if the GPU waits, 0 "
+    workers: int = option(min(8, os.cpu_count() or 1), "loader processes; raise it if the GPU "
+                                                       "waits, 0 "
                           "where reading is nothing beside a CPU's step", 0, 256, group="data")
     test_batch: int = option(32, "tracklets at a time in evaluation; lower it if memory runs out",
                              1, 4096, group="data")
@@ -65,9 +106,9 @@ class Reading:
 # ------------------------------------------------------------- embeddings ----
 
 def clips(tracklet, T, rule="chunks"):
-    """--all-frames: a tracklet of n frames -> ceil(n / T) of T frames each, which together hold every
-    frame. Clip j takes the j-th frame of each of T chunks, so that each spans the whole walk, as the
-    clips of training do; clip 0 is the usual one. [ours]"""
+    """--all-frames: a tracklet of n frames -> ceil(n / T) of T frames each, which together hold
+    every frame. Clip j takes the j-th frame of each of T chunks, so that each spans the whole walk,
+    as the clips of training do; clip 0 is the usual one. [ours]"""
     n = len(tracklet.frames)
     starts = FRAME_RULES[rule](n, T)
     made = []
@@ -159,8 +200,8 @@ class Direction:
         return score(self.distance, *self.labels)
 
     def ranked(self, row, top):
-        """-> the query's tracklet, and the `top` nearest as (distance, tracklet), without those that
-        the protocol ignores."""
+        """-> the query's tracklet, and the `top` nearest as (distance, tracklet), without those
+        that the protocol ignores."""
         rows = torch.tensor([row])
         _, counts = matches(*self.labels, rows)
         distance = self.distance(rows)[0].cpu().masked_fill(~counts[0], torch.inf)
@@ -185,7 +226,8 @@ def evaluate(model, dataset, config, device, *, reranked=False, all_frames=False
 
 
 def ranked_lists(directions, top, words):
-    """Rows for draw_ranking: four queries of each direction, evenly taken. words: what is special."""
+    """Rows for draw_ranking: four queries of each direction, evenly taken. words: what is
+    special."""
     lists = []
     for direction in directions:
         for row in evenly(range(len(direction.query)), 4):
@@ -224,8 +266,9 @@ def table(results):
 # -------------------------------------------------------------- silhouettes ----
 
 class Seen(NamedTuple):
-    """A tracklet as SASGL sees it, for draw_silhouettes: frames uint8 (T,3,H,W), body and silhouette
-    (T,h,w), codes (T,16,h,w), true masks bool (T,H,W) or None, their IoU (T,) or None."""
+    """A tracklet as SASGL sees it, for draw_silhouettes: frames uint8 (T,3,H,W), body and
+    silhouette (T,h,w), codes (T,16,h,w), true masks bool (T,H,W) or None, their IoU (T,) or
+    None."""
     title: str
     frames: torch.Tensor
     body: torch.Tensor
@@ -280,8 +323,8 @@ def has_silhouettes(model):
 
 
 def silhouette_iou(model, dataset, config, device, tracklets=32):
-    """Mean IoU of silhouette and true mask over the frames of `tracklets` test tracklets evenly taken;
-    None without masks or without silhouettes."""
+    """Mean IoU of silhouette and true mask over the frames of `tracklets` test tracklets evenly
+    taken; None without masks or without silhouettes."""
     if not has_silhouettes(model) or not os.path.isdir(os.path.join(dataset.root, "masks")):
         return None
     seen = look_at(model, dataset, evenly(dataset.test, tracklets), config, device)
@@ -337,14 +380,14 @@ def open_gallery(args, model, config, device, scratch):
         raise UserError(f"{path} was embedded by another model; expected the one of "
                         f"{args.checkpoint or args.official}: embed the gallery again")
     if stored.setting != how:
-        raise UserError(f"{path} was embedded from {stored.setting}, the queries from {how}; expected "
-                        "the same: see --frames and --all-frames")
+        raise UserError(f"{path} was embedded from {stored.setting}, the queries from {how}; "
+                        "expected the same: see --frames and --all-frames")
     return stored
 
 
 def search(args, model, config, device):
-    """--query and --gallery: prints the ranked list of each query -> what --json writes, without its
-    head. Raises UserError."""
+    """--query and --gallery: prints the ranked list of each query -> what --json writes, without
+    its head. Raises UserError."""
     queries = own_tracklets(args.query, args.query_modality) if args.query else {}
     with TemporaryDirectory() as scratch:
         stored = open_gallery(args, model, config, device, scratch)
@@ -391,10 +434,9 @@ def nearest_of(queries, stored, args, model, config, device):
         return torch.from_numpy(stored.rows("embedding", start, stop)).to(device)
 
     distance, index = nearest(query, piece, N, args.top, rows)
-    ranked = {}
-    for name, its_distances, its_rows in zip(queries, distance.tolist(), index.tolist(), strict=True):
-        ranked[name] = []
-        for value, row in zip(its_distances, its_rows, strict=True):
+    ranked = {name: [] for name in queries}
+    for q, name in enumerate(queries):
+        for value, row in zip(distance[q].tolist(), index[q].tolist(), strict=True):
             hit, modality, shown = (stored.rows(column, row, row + 1)[0].tolist()
                                     for column in ("name", "modality", "shown"))
             ranked[name].append(Hit(hit, modality, value, shown))
@@ -417,22 +459,24 @@ def draw_search(args, queries, ranked, config):
         lists.append((f"{name}, {tracklet.modality}", tracklet.frames, hits))
     write_picture(args.figure, draw_ranking(lists, config.size))
     if len(queries) > MOST_ROWS or args.top > LONGEST:
-        say(f"{printable(args.figure)} shows at most {MOST_ROWS} queries and {LONGEST} tracklets for "
-            "each")
+        say(f"{printable(args.figure)} shows at most {MOST_ROWS} queries and {LONGEST} tracklets "
+            "for each")
 
 
 # ------------------------------------------------------------- a run's model ----
 
 def method_of(checkpoint, given, path):
-    """The name of a checkpoint's method. A method of one's own is code: it is never taken from what a
+    """The name of a checkpoint's method. A method of one's own is code: it is never taken from what
+    a
     file says, but from --method alone. Raises UserError."""
     stored = checkpoint["method"]
-    own = stored.endswith(f":{given.rpartition(':')[2]}") if ":" in given and ":" in stored else False
-    if given and given != stored and not own:
-        raise UserError(f"--method {given}: {path} is a run of {stored}; drop it, or name that method")
+    same_class = given.rpartition(":")[2] == stored.rpartition(":")[2]    # its file may have moved
+    if given and not same_class:
+        raise UserError(f"--method {given}: {path} is a run of {stored}; drop it, or name that "
+                        "method")
     if ":" in stored and not given:
-        raise UserError(f"{path} is a run of the method {stored}, which is code of your own; expected "
-                        "--method FILE.py:CLASS, so that it is run because you say so")
+        raise UserError(f"{path} is a run of the method {stored}, which is code of your own; "
+                        "expected --method FILE.py:CLASS, so that it is run because you say so")
     return given or stored
 
 
@@ -449,7 +493,7 @@ def load_run(path, method=""):
 
 def load_authors_files(folder):
     """The authors' three files -> model in eval mode, its config, its method's name."""
-    from model import Options, load_official    # only here: LSMRL needs no DinoGRL
+    from model import Options, load_official  # only here: LSMRL needs no DinoGRL
     torch.backends.cudnn.allow_tf32 = False    # their embeddings to float32's last digits
     config_class = make_dataclass("Config", [], bases=(Options, Reading))
     return load_official(folder), config_class(test_batch=16), "dinogrl"
@@ -462,21 +506,26 @@ def command_line():
     parser = Parser(description=__doc__.split("\n\n")[0])
     which = parser.add_argument_group("model")
     which.add_argument("--checkpoint", metavar="RUN", help="a run's folder, or its last.pt")
-    which.add_argument("--official", metavar="DIR", help="the folder of the authors' best_model.pth, "
+    which.add_argument("--official", metavar="DIR", help="the folder of the authors' "
+                                                         "best_model.pth, "
                        "best_model2.pth, best_shape.pth")
-    which.add_argument("--method", metavar="FILE.py:CLASS", help="the run's method, where it is one of "
+    which.add_argument("--method", metavar="FILE.py:CLASS", help="the run's method, where it is "
+                                                                 "one of "
                        "your own")
     footage = parser.add_argument_group("search")
     footage.add_argument("--query", metavar="DIR", help="whom to look for; a folder of frames per "
                          "tracklet, or one such folder")
-    footage.add_argument("--gallery", metavar="DIR|FILE.npz", help="where to look; the same, or what "
+    footage.add_argument("--gallery", metavar="DIR|FILE.npz", help="where to look; the same, or "
+                                                                   "what "
                          "--save has kept of it")
     footage.add_argument("--query-modality", choices=MODALITIES, help="default infrared")
-    footage.add_argument("--gallery-modality", choices=MODALITIES, help="default visible; a FILE.npz "
+    footage.add_argument("--gallery-modality", choices=MODALITIES, help="default visible; a "
+                                                                        "FILE.npz "
                          "knows its own")
     how = parser.add_argument_group("ranking")
     how.add_argument("--top", type=int, metavar="K", help="length of the ranked lists (10)")
-    how.add_argument("--rerank", action="store_true", help="k-reciprocal re-ranking: uses the whole "
+    how.add_argument("--rerank", action="store_true", help="k-reciprocal re-ranking: uses the "
+                                                           "whole "
                      "gallery, labelled as such")
     how.add_argument("--all-frames", action="store_true", help="every frame, in clips that are "
                      "averaged: slower, a little better")
@@ -484,9 +533,11 @@ def command_line():
     output.add_argument("--json", metavar="FILE", help="write the results there")
     output.add_argument("--save", metavar="FILE.npz", help="keep the embeddings (search: the "
                         "gallery's), to be used as --gallery")
-    output.add_argument("--figure", metavar="FILE.png", help="draw ranked lists: green frame the right "
+    output.add_argument("--figure", metavar="FILE.png", help="draw ranked lists: green frame the "
+                                                             "right "
                         "person, red a wrong one")
-    output.add_argument("--silhouettes", metavar="FILE.png", help="draw what the model sees (DinoGRL)")
+    output.add_argument("--silhouettes", metavar="FILE.png", help="draw what the model sees "
+                                                                  "(DinoGRL)")
     parser.set_defaults(checkpoint="", official="", method="", query=None, gallery=None,
                         query_modality=INFRARED, gallery_modality=None, top=10, rerank=False,
                         all_frames=False, json=None, save=None, figure=None, silhouettes=None)
@@ -515,15 +566,15 @@ def check_arguments(args, overrides):
             raise UserError("--official needs --data PATH")
         return
     if "data" in overrides or args.rerank:
-        raise UserError("--data and --rerank are for a benchmark, whose gallery is closed; drop them, or "
-                        "--query and --gallery")
+        raise UserError("--data and --rerank are for a benchmark, whose gallery is closed; drop "
+                        "them, or --query and --gallery")
     if args.kept and (args.gallery_modality or args.save):
         raise UserError(f"{args.gallery} is embedded already and knows its modality; drop "
                         "--gallery-modality and --save")
     other_output = args.json or args.figure or args.silhouettes
     if not args.query and (other_output or not args.save):
-        raise UserError("--gallery alone only embeds: give --save FILE.npz for it, or --query DIR to "
-                        "search")
+        raise UserError("--gallery alone only embeds: give --save FILE.npz for it, or --query DIR "
+                        "to search")
 
 
 def check_outputs(args):
@@ -558,7 +609,8 @@ def main():
     check_ranges(config)
     config.check()
     if args.silhouettes and not has_silhouettes(model):
-        raise UserError(f"--silhouettes; this {method} has none; expected a DinoGRL with its gait stream")
+        raise UserError(f"--silhouettes; this {method} has none; expected a DinoGRL with its gait "
+                        "stream")
     model.to(device)
     special = {name: True for name in ("rerank", "all_frames") if getattr(args, name)}
     head = {"method": method, **special}

@@ -1,15 +1,16 @@
 """DinoGRL assembled: two streams, parts, fusion, heads, losses (sections 3.1 and 3.4).
 
     frames (B,T,3,256,128), modality (B,)
-       |-- visible_stem | infrared_stem -> backbone (shared) -> maps (B,T,2048,16,8) -> appearance_parts --+
-       |                                                                          (B,31,256)         pbmge
-       +-- sasgl: silhouettes, codes, gait net --------------> maps (B,T,2048,16,8) -> gait_parts --------+
-                                                                                                           |
-    embed()    (test)  -> (B, 70, 256), 35 gait parts first; distance: the mean over parts, Euclidean <----+
-    forward()  (train) -> heads -> losses_of each stream, and sasgl's own                            <----+
+       |-- visible_stem | infrared_stem -> backbone, shared: (B,T,2048,16,8)
+       |                                     -> appearance_parts (B,31,256) --+
+       |                                                                    pbmge -> 35 + 35 parts
+       +-- sasgl: silhouettes, codes, gait net: (B,T,2048,16,8)               |
+                                             -> gait_parts (B,31,256) --------+
+    embed()    (test)  -> (B, 70, 256), gait parts first; distance: mean over parts, Euclidean
+    forward()  (train) -> appearance_head, gait_head -> losses_of each stream, and sasgl's own
 
-The two modalities meet early: only the stem is a modality's own. All of DinoGRL's modelling of time is
-a maximum over the frames, as in GaitSet: what shows in any frame counts, in whichever order.
+The two modalities meet early: only the stem is a modality's own. All of DinoGRL's modelling of time
+is a maximum over the frames, as in GaitSet: what shows in any frame counts, in whichever order.
 
 load_official(dir) reads the authors' three files (best_model.pth, best_model2.pth, best_shape.pth)
 into this model; OFFICIAL below is the whole map of their names.
@@ -18,8 +19,8 @@ Quick question: why 16 times the cosine in the identity loss? (A softmax over 50
 and 1 is flat: the right class could never get more than 1.5 % of it, and nothing would be learned.)
 
 Ours, not the paper's: thinner and shallower ResNets and fewer strips for the offline demo (`width`,
-`blocks`, `strides`, `strips`); triplets are taken for any number of tracklets per identity; ablations
-(`gait`, `pbmge` off) as switches.
+`blocks`, `strides`, `strips`); triplets are taken for any number of tracklets per identity;
+ablations (`gait`, `pbmge` off) as switches.
 """
 import math
 import os
@@ -38,12 +39,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-
 # ------------------------------------------------------- parts and heads ----
 
 class Parts(nn.Module):
-    """Maps (B, T, C, H, W) -> parts (B, P, dim): maximum over time, strips from top to bottom, mean +
-    maximum of each, a linear map of its own for each."""
+    """Maps (B, T, C, H, W) -> parts (B, P, dim): maximum over time, strips from top to bottom, mean
+    + maximum of each, a linear map of its own for each."""
 
     def __init__(self, *, channels, dim, strips):
         super().__init__()
@@ -63,8 +63,8 @@ class Parts(nn.Module):
 
 
 class Head(nn.Module):
-    """Parts (B, P, D) -> cosine logits (B, P, classes): batch norm over all P*D values, then both sides
-    L2-normalised."""
+    """Parts (B, P, D) -> cosine logits (B, P, classes): batch norm over all P*D values, then both
+    sides L2-normalised."""
 
     def __init__(self, *, parts, dim, classes):
         super().__init__()
@@ -73,15 +73,15 @@ class Head(nn.Module):
 
     def forward(self, parts):
         B, P, D = parts.shape
-        with torch.autocast(parts.device.type, enabled=False):    # cosines in bfloat16 are too coarse
+        with torch.autocast(parts.device.type, enabled=False):    # bfloat16 is too coarse
             x = parts.float().transpose(1, 2).reshape(B, -1)    # channel-major, as released
             x = F.normalize(self.bn(x).view(B, D, P), dim=1)
             return torch.einsum("bdp,pdk->bpk", x, F.normalize(self.weight, dim=1))
 
 
 def identity_loss(logits, label):
-    """Cosine logits (B, P, classes), label (B,) -> cross-entropy of 16 * logits, smoothing 0.1, mean
-    over B and P."""
+    """Cosine logits (B, P, classes), label (B,) -> cross-entropy of 16 * logits, smoothing 0.1,
+    mean over B and P."""
     label = label[:, None].expand(-1, logits.shape[1])
     return F.cross_entropy(16 * logits.transpose(1, 2), label, label_smoothing=0.1)
 
@@ -106,12 +106,15 @@ def triplet_loss(parts, label, margin=0.2):
 @dataclass
 class Options:
     """DinoGRL's own choices (train.Config has those that every method has)."""
-    dinov2: str = option("dinov2_vits14", "which DINOv2; vitb14 is slower and needs a new run; tiny is "
+    dinov2: str = option("dinov2_vits14", "which DINOv2; vitb14 is slower and needs a new run; "
+                                          "tiny is "
                          "random, for trying out")
     dinov2_weights: str = option("", "local file of DINOv2's tensors, instead of the download")
-    resnet_weights: str = option("imagenet", "imagenet (download), a local file, or random (much worse)")
+    resnet_weights: str = option("imagenet", "imagenet (download), a local file, or random (much "
+                                             "worse)")
     mask_branch: str = option("", "BigGait's MaskBranch_vits14.pt; spares the warm-up")
-    mask_warmup: int = option(500, "steps that train the mask bottleneck alone, before the rest may use "
+    mask_warmup: int = option(500, "steps that train the mask bottleneck alone, before the rest "
+                                   "may use "
                               "it; too few, and silhouettes are noise", 0, 1_000_000)
     mask_lr: float = option(1e-3, "learning rate of that warm-up", 1e-12, 100)
     gait: bool = option(True, "off removes the whole gait stream")
@@ -120,13 +123,15 @@ class Options:
     identity_weight: float = option(1.0, "of the identity losses of both streams", 0, 1000)
     triplet_weight: float = option(1.0, "of the triplet losses of both streams", 0, 1000)
     dim: int = option(256, "numbers per part", 1, 4096)
-    strips: tuple = option((1, 2, 4, 8, 16), "horizontal strips of each granularity, the global part "
+    strips: tuple = option((1, 2, 4, 8, 16), "horizontal strips of each granularity, the global "
+                                             "part "
                            "first; the largest divides the maps' rows")
     width: int = option(64, "channels of both ResNets after the stem; 64 is ResNet-50", 1, 512)
     blocks: tuple = option((3, 4, 6, 3), "blocks of their four layers", 1, 100)
     strides: tuple = option((1, 2, 2, 1), "strides of the appearance ResNet's four layers", 1, 4)
     gait_strides: tuple = option((1, 2, 2, 1), "strides of the gait ResNet's four layers", 1, 4)
-    dino_size: tuple = option((448, 224), "height and width that DINOv2 sees, multiples of 14; smaller "
+    dino_size: tuple = option((448, 224), "height and width that DINOv2 sees, multiples of 14; "
+                                          "smaller "
                               "is faster and blurs the silhouettes", 14, 4480)
     code_size: tuple = option((64, 32), "height and width of silhouettes and codes", 1, 1024)
 
@@ -141,27 +146,30 @@ class Options:
         """Raises UserError for a configuration that cannot work."""
         pyramid = self.strips[0] == 1 if self.strips else False
         if not pyramid or len(self.strips) > 10 or not all(0 < n <= 256 for n in self.strips):
-            raise UserError(f"--strips {' '.join(map(str, self.strips))}; expected 1, the global part, "
-                            "and then how many strips of each granularity, such as 1 2 4 8 16")
+            raise UserError(f"--strips {' '.join(map(str, self.strips))}; expected 1, the global "
+                            "part, and then how many strips of each granularity, such as 1 2 4 8 "
+                            "16")
         self.check_rows("size", self.size[0] / 4, "strides")
         if self.gait:
             self.check_rows("code-size", self.code_size[0], "gait_strides")
             if self.dino_size[0] % PATCH or self.dino_size[1] % PATCH:
-                raise UserError(f"--dino-size {self.dino_size}; expected multiples of 14, DINOv2's patch")
+                raise UserError(f"--dino-size {self.dino_size}; expected multiples of 14, DINOv2's "
+                                "patch")
 
     def check_rows(self, name, height, strides):
         """Can maps that start at this height be cut into strips?"""
         rows, strips = height / math.prod(getattr(self, strides)), max(self.strips)
         if rows % strips:
-            raise UserError(f"--{name} and --{strides.replace('_', '-')} leave maps of {rows:g} rows; "
-                            f"expected a multiple of the {strips} strips")
+            raise UserError(f"--{name} and --{strides.replace('_', '-')} leave maps of {rows:g} "
+                            f"rows; expected a multiple of the {strips} strips")
 
 
 # ---------------------------------------------------------------- DinoGRL ----
 
 class DinoGRL(nn.Module):
-    """The whole method. config: Options, or train's configuration, which has them too. classes: number
-    of training identities. pretrained: False for random tensors, to be filled by a checkpoint."""
+    """The whole method. config: Options, or train's configuration, which has them too. classes:
+    number of training identities. pretrained: False for random tensors, to be filled by a
+    checkpoint."""
     Options = Options
 
     def __init__(self, config, classes, pretrained=True):
@@ -191,7 +199,8 @@ class DinoGRL(nn.Module):
             self.load_pretrained()
 
     def load_pretrained(self):
-        """ResNet-50 for every stem and stage, and the mask bottleneck where there is a trained one."""
+        """ResNet-50 for every stem and stage, and the mask bottleneck where there is a trained
+        one."""
         config, stages = self.config, [self.backbone]
         if config.gait:
             stages.append(self.sasgl.gait_net.backbone)
@@ -201,8 +210,8 @@ class DinoGRL(nn.Module):
             load_mask_branch(self.sasgl.mask_branch, config.mask_branch)
 
     def appearance_maps(self, frames, modality):
-        """Frames (B, T, 3, H, W), modality (B,), best on the CPU -> maps (B, T, C, h, w): each modality
-        through its own stem, then all through one backbone."""
+        """Frames (B, T, 3, H, W), modality (B,), best on the CPU -> maps (B, T, C, h, w): each
+        modality through its own stem, then all through one backbone."""
         B, T = frames.shape[:2]
         order = modality.argsort(stable=True)    # visible tracklets first
         visible = T * (modality == 0).sum().item()
@@ -227,8 +236,8 @@ class DinoGRL(nn.Module):
         return {"gait": gait, "appearance": appearance}, codes
 
     def embed(self, frames, modality):
-        """Frames (B, T, 3, H, W), modality (B,) -> (B, parts, dim) float32, gait parts first; (B, 70,
-        256) in the paper."""
+        """Frames (B, T, 3, H, W), modality (B,) -> (B, parts, dim) float32, gait parts first; (B,
+        70, 256) in the paper."""
         streams, _ = self.streams(frames, modality)
         return torch.cat(list(streams.values()), dim=1).float()
 
@@ -241,7 +250,8 @@ class DinoGRL(nn.Module):
                 "triplet": self.config.triplet_weight * triplet}
 
     def forward(self, frames, modality, label):
-        """Training step -> named losses (weighted: the total is their sum), and what else to show."""
+        """Training step -> named losses (weighted: the total is their sum), and what else to
+        show."""
         streams, codes = self.streams(frames, modality)
         losses, shown = dict(codes.losses) if codes else {}, {}
         # Tracklets are compared with those of all processes.
@@ -285,7 +295,8 @@ class DinoGRL(nn.Module):
 # --------------------------------------------------------- released files ----
 
 def load_mask_branch(mask_branch, path):
-    """BigGait's released mask branch (MaskBranch_vits14.pt, under the key `model`; its bn_t is unused)."""
+    """BigGait's released mask branch (MaskBranch_vits14.pt, under the key `model`; its bn_t is
+    unused)."""
     tensors = read_tensors(path)
     if not isinstance(tensors, dict) or "model" not in tensors:
         raise UserError(f"{path} has no key `model`; expected BigGait's MaskBranch file; see "

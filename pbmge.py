@@ -13,15 +13,15 @@ asks the other, strip by strip and from coarse to fine, what confirms it and wha
     the last x and y of each granularity are appended: (B, 35, D) and (B, 35, D).
 
 Enhance(q, s) is a cross-attention over the D channels of a part, each channel one scalar token. The
-literal form (tests/test_pbmge.py has it, as the reference) lifts every scalar to D dimensions and so
-costs D^3 a pair. But all the lifted tokens lie on one line, hence the D x D affinity is bilinear in
-two scalars,
+literal form (tests/test_pbmge.py has it, as the reference) lifts every scalar to D dimensions and
+so costs D^3 a pair. But all the lifted tokens lie on one line, hence the D x D affinity is bilinear
+in two scalars,
 
     f_ij = (k1 q_i s_j + k2 q_i + k3 s_j + k4) / D = alpha_i s_j + beta_i,    k: products of weights
 
-and relu(f_i.) is affine in s_j on one side of the threshold -beta_i / alpha_i. With s sorted and its
-powers summed up from the left, "the sum over all j beyond the threshold" is one look-up: O(D log D),
-to rounding the same value, and some 60 times as fast at D = 256.
+and relu(f_i.) is affine in s_j on one side of the threshold -beta_i / alpha_i. With s sorted and
+its powers summed up from the left, "the sum over all j beyond the threshold" is one look-up: O(D
+log D), to rounding the same value, and some 60 times as fast at D = 256.
 
 Quick question: what does PBMGE compute at the first training step? (Nothing: its last BatchNorm
 starts at zero, so out = q. It learns to speak only where speaking lowers the loss.)
@@ -47,15 +47,16 @@ class Source(NamedTuple):
 
 
 def prepare(parts):
-    """Parts (..., D) -> Source. Sorting and summing once serves every enhancement that reads them."""
+    """Parts (..., D) -> Source. Sorting and summing once serves every enhancement that reads
+    them."""
     values = parts.sort(dim=-1).values.contiguous()
     powers = torch.stack([torch.ones_like(values), values, values * values], dim=-2)
     return Source(values, F.pad(powers.cumsum(dim=-1), (1, 0)))
 
 
 class Products(NamedTuple):
-    """What an Enhance's weights come down to, numbers all of them: f_ij = (k1 q_i s_j + k2 q_i + k3 s_j
-    + k4) / D, and W g(s_j) = slope s_j + offset for W1 and for W2."""
+    """What an Enhance's weights come down to, numbers all of them: f_ij = (k1 q_i s_j + k2 q_i + k3
+    s_j + k4) / D, and W g(s_j) = slope s_j + offset for W1 and for W2."""
     k1: torch.Tensor
     k2: torch.Tensor
     k3: torch.Tensor
@@ -67,8 +68,8 @@ class Products(NamedTuple):
 
 
 class Enhance(nn.Module):
-    """out = q + similar - dissimilar: what the source confirms is added, what it contradicts is taken
-    away.
+    """out = q + similar - dissimilar: what the source confirms is added, what it contradicts is
+    taken away.
 
     similar = BN(W1(relu(f) g(s))), dissimilar = BN(W2(relu(-f) g(s))), f = theta(q) phi(s)^T / D.
     theta, phi and g are kept as the 1x1 convolutions they are (the released tensors fit), though
@@ -125,14 +126,16 @@ class Enhance(nn.Module):
 
 
 class PBMGE(nn.Module):
-    """Gait and appearance parts (B, P, D) -> the same with one refined part per granularity appended.
+    """Gait and appearance parts (B, P, D) -> the same with one refined part per granularity
+    appended.
 
     dim: channels D of a part. strips: the pyramid of the parts, (1, 2, 4, 8, 16) in the paper, the
-    first being the global part. One enhance_gait and one enhance_appearance serve all granularities."""
+    first being the global part. One enhance_gait and one enhance_appearance serve all
+    granularities."""
 
     def __init__(self, *, dim, strips):
         super().__init__()
-        assert strips[0] == 1, f"the first granularity must be the global part, not {strips[0]} strips"
+        assert strips[0] == 1, f"the first granularity must be the global part: {strips}"
         self.strips = strips
         self.enhance_gait = Enhance(dim)
         self.enhance_appearance = Enhance(dim)
@@ -142,7 +145,8 @@ class PBMGE(nn.Module):
             wide = torch.promote_types(gait.dtype, torch.float32)
             gait, appearance = gait.to(wide), appearance.to(wide)
             refined_gait, refined_appearance = self.refine(gait, appearance)
-            return torch.cat([gait, refined_gait], 1), torch.cat([appearance, refined_appearance], 1)
+            gait = torch.cat([gait, refined_gait], 1)
+            return gait, torch.cat([appearance, refined_appearance], 1)
 
     def refine(self, gait, appearance):
         """Parts (B, P, D) of both -> the refined ones (B, granularities, D) of both."""

@@ -9,7 +9,7 @@ Semantic-aware: what is kept of a pixel is not its colour but what DINOv2's feat
                                                                         +-- mid4 (N,32,16,1536)
     last -> mask_branch 384 -> 2 -> 384 -> mask (N,2,64,32)
          -> choose_body -> body (N,64,32) -> refine_edges -> silhouette (N,64,32)
-    mid4, on the silhouette's pixels alone --+-- denoising (N,16,64,32)   softmax: which part is this?
+    mid4, on the silhouette's pixels alone --+-- denoising (N,16,64,32)   softmax: which part is it?
                                              +-- appearance (N,16,64,32)  sigmoid: what is it like?
     both codes -> gait_net: two CodeStems -> AttentionFusion -> ResNet stages -> (N,2048,16,8)
 
@@ -22,11 +22,11 @@ codes' branches and the gait net. The paper's "jointly" is one sum of losses, no
 gradients. Until the mask is good, the codes are cut out of the wrong pixels: where no trained
 mask_branch is given, train.py trains it alone for some steps first (mask_losses).
 
-Quick question: why detach it at all? (Else identity losses would grow or shrink the silhouette until
-it tells identities apart, by its errors.)
+Quick question: why detach it at all? (Else identity losses would grow or shrink the silhouette
+until it tells identities apart, by its errors.)
 
-Ours, not the paper's: that warm-up; the body test's 5 edge rows scale with the map's height; a batch
-without two foreground pixels gives empty codes instead of an error.
+Ours, not the paper's: that warm-up; the body test's 5 edge rows scale with the map's height; a
+batch without two foreground pixels gives empty codes instead of an error.
 """
 import math
 from typing import NamedTuple
@@ -62,8 +62,8 @@ class MaskBranch(nn.Module):
 def choose_body(mask):
     """Soft mask (N, 2, H, W) -> (N, H, W): the channel that is the body, per frame.
 
-    A person stands in the middle of the crop: if more than half of the top and bottom 5 rows (of 64)
-    belongs to channel 0, channel 0 is the background."""
+    A person stands in the middle of the crop: if more than half of the top and bottom 5 rows (of
+    64) belongs to channel 0, channel 0 is the background."""
     H, W = mask.shape[2:]
     rows = max(1, 5 * H // 64)
     is_first = mask[:, 0].round()
@@ -73,8 +73,8 @@ def choose_body(mask):
 
 
 def refine_edges(body):
-    """Body probability (N, H, W) -> silhouette: 1 inside, the probability on the edge band, 0 outside
-    (a morphological closing)."""
+    """Body probability (N, H, W) -> silhouette: 1 inside, the probability on the edge band, 0
+    outside (a morphological closing)."""
     dilated = F.max_pool2d(body.round()[:, None], 3, 1, 1)
     # max_pool2d pads with minus infinity: outside the image counts for neither.
     eroded = -F.max_pool2d(-dilated, 5, 1, 2)
@@ -84,8 +84,8 @@ def refine_edges(body):
 
 
 def smooth_loss(maps):
-    """Maps (N, C, H, W) -> scalar: |Sobel x| + |Sobel y| of the channels' sum, per value. Few, closed
-    regions are cheap.
+    """Maps (N, C, H, W) -> scalar: |Sobel x| + |Sobel y| of the channels' sum, per value. Few,
+    closed regions are cheap.
 
     On the mask, whose two channels sum to 1, this is the constant of the image's border and has no
     gradient. (The release reads pixel-major memory as channel-major there, so its term does have
@@ -99,8 +99,8 @@ def smooth_loss(maps):
 # ------------------------------------------------------------------ codes ----
 
 class DenoisingBranch(nn.Module):
-    """Features of pixels (M, 4D) -> denoising code (M, 16), a softmax: it can only say which part of
-    the body this is."""
+    """Features of pixels (M, 4D) -> denoising code (M, 16), a softmax: it can only say which part
+    of the body this is."""
     recomputable = True    # --checkpoint-activations
 
     def __init__(self, dim, channels):
@@ -152,7 +152,8 @@ class CodeStem(nn.Module):
 
 
 class AttentionFusion(nn.Module):
-    """Two maps (N, C, H, W) -> one: per place and channel a softmax over the two decides the mixture."""
+    """Two maps (N, C, H, W) -> one: per place and channel a softmax over the two decides the
+    mixture."""
 
     def __init__(self, width, hidden=4):
         super().__init__()
@@ -186,8 +187,8 @@ class GaitNet(nn.Module):
 # ------------------------------------------------------------------ SASGL ----
 
 class Codes(NamedTuple):
-    """What SASGL sees in N frames: soft mask (N,2,h,w), body probability and silhouette (N,h,w), the
-    two codes (N,16,h,w), named losses, weighted."""
+    """What SASGL sees in N frames: soft mask (N,2,h,w), body probability and silhouette (N,h,w),
+    the two codes (N,16,h,w), named losses, weighted."""
     mask: torch.Tensor
     body: torch.Tensor
     silhouette: torch.Tensor
@@ -203,12 +204,14 @@ def upsampled(maps, size):
 
 
 class SASGL(nn.Module):
-    """Frames (B, T, 3, H, W), normalised -> gait maps (B, T, C, h, w) and the Codes they were read from.
+    """Frames (B, T, 3, H, W), normalised -> gait maps (B, T, C, h, w) and the Codes they were read
+    from.
 
-    dinov2: anything with get_intermediate_layers, norm, embed_dim and n_blocks. dino_size: what DINOv2
-    sees, multiples of 14. code_size: height and width of mask, silhouette and codes."""
+    dinov2: anything with get_intermediate_layers, norm, embed_dim and n_blocks. dino_size: what
+    DINOv2 sees, multiples of 14. code_size: height and width of mask, silhouette and codes."""
 
-    def __init__(self, *, dinov2, backbone, width=64, channels=16, dino_size=(448, 224), code_size=(64, 32)):
+    def __init__(self, *, dinov2, backbone, width=64, channels=16, dino_size=(448, 224),
+                 code_size=(64, 32)):
         super().__init__()
         self.dino_size, self.code_size, self.channels = dino_size, code_size, channels
         self.dinov2 = dinov2
@@ -243,8 +246,8 @@ class SASGL(nn.Module):
             return mask, {"mask": reconstruction, "smooth_mask": 0.02 * smooth_loss(mask)}
 
     def cut_out(self, branch, pixels, where, N):
-        """A branch's code of the foreground's pixels (M, 4D), at their places: (N, 16, H, W), 0 in the
-        background. where: three index tensors (M,)."""
+        """A branch's code of the foreground's pixels (M, 4D), at their places: (N, 16, H, W), 0 in
+        the background. where: three index tensors (M,)."""
         is_enough = len(pixels) > 1 or not self.training    # a batch norm needs two
         values = branch(pixels) if is_enough else pixels.new_zeros(len(pixels), self.channels)
         code = values.new_zeros(N, *self.code_size, self.channels)
@@ -278,8 +281,8 @@ class SASGL(nn.Module):
 
 
 def kept_codes(B):
-    """(2, B) of 1 and 0: neither code may be relied on alone, so for a fifth of the tracklets one of
-    the two, by chance, is blanked."""
+    """(2, B) of 1 and 0: neither code may be relied on alone, so for a fifth of the tracklets one
+    of the two, by chance, is blanked."""
     keep = torch.ones(2, B)
     is_whole = torch.randperm(B) >= round(0.2 * B)
     blanked = torch.randint(2, (B,))

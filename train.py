@@ -1,4 +1,5 @@
-"""Training: one loop, read from top to bottom. `python train.py` alone draws walkers and learns them.
+"""Training: one loop, read from top to bottom. `python train.py` alone draws walkers and learns
+them.
 
     python train.py                          the small preset on walkers: minutes on a CPU, offline
     python train.py --data PATH              the paper's recipe on HITSZ-VCM or BUPTCampus
@@ -7,9 +8,9 @@
     python train.py --resume runs/NAME       goes on after the last whole epoch
     torchrun --nproc_per_node=N -- train.py ...    the same run on N GPUs (or processes of a CPU)
 
-A run lives in one folder: config.json, log.jsonl (a line an epoch), last.pt, results.json, curves.png,
-for each evaluation a silhouettes-EPOCH.png (DinoGRL). The result is the last epoch's: choosing the
-best epoch by its test score would be choosing on the test set.
+A run lives in one folder: config.json, log.jsonl (a line an epoch), last.pt, results.json,
+curves.png, for each evaluation a silhouettes-EPOCH.png (DinoGRL). The result is the last epoch's:
+choosing the best epoch by its test score would be choosing on the test set.
 
 What makes a resumed run end with the same bits as one that was left alone (on a CPU):
 - which tracklets: a function of seed and epoch (IdentitySampler);
@@ -19,8 +20,8 @@ What makes a resumed run end with the same bits as one that was left alone (on a
 - the loader's own generator, apart from torch's, which it would move on;
 - batch norms' statistics and the optimizer's moments, saved with the checkpoint.
 
-Quick question: where is the validation set? (Neither benchmark has one. So nothing here is chosen by
-a score.)
+Quick question: where is the validation set? (Neither benchmark has one. So nothing here is chosen
+by a score.)
 
 Ours, not the papers': bfloat16 in place of float16 (which is an option); DinoGRL's 80 epochs; the
 warm-up of a part that must not be seen untrained; the small presets; exact resuming.
@@ -36,14 +37,45 @@ from functools import partial
 import walkers
 from data import Frames, IdentitySampler, augment, frame_rule, is_walkers, load_dataset
 from evaluate import Reading, evaluate, has_silhouettes, method_of, silhouette_sheet, table
-from support.files import RunFolder, UserError, in_short, printable, write_json, write_picture
-from support.files import write_atomic
+from support.files import (
+    RunFolder,
+    UserError,
+    in_short,
+    printable,
+    write_atomic,
+    write_json,
+    write_picture,
+)
 from support.footage import FrameCache, ignore_interrupts
-from support.options import (Bar, Parser, add_options, check_ranges, cli, given_options, load_method,
-                             option, say, stored_config, tell)
-from support.parallel import (average_gradients, averaged, check_parent, first_goes_first, from_all,
-                              from_first, join, leave, processes, random_states, restore_random_states,
-                              shared, take_buffers_of_first, wait_for_all)
+from support.options import (
+    Bar,
+    Parser,
+    add_options,
+    check_ranges,
+    cli,
+    given_options,
+    load_method,
+    option,
+    say,
+    stored_config,
+    tell,
+)
+from support.parallel import (
+    average_gradients,
+    averaged,
+    check_parent,
+    first_goes_first,
+    from_all,
+    from_first,
+    join,
+    leave,
+    processes,
+    random_states,
+    restore_random_states,
+    shared,
+    take_buffers_of_first,
+    wait_for_all,
+)
 from support.pictures import draw_curves
 from support.weights import check_optimizer_state, read_checkpoint, rebuild
 
@@ -54,42 +86,52 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 @dataclass
 class Config(Reading):
-    """Every choice of a run that is not the method's own. A method adds its Options, which may change
+    """Every choice of a run that is not the method's own. A method adds its Options, which may
+    change
     a default here. The defaults are `--preset paper`; Options.small holds what `--preset small`
     changes."""
-    method: str = option("dinogrl", "dinogrl, lsmrl, or FILE.py:CLASS of your own; with --help it lists "
+    method: str = option("dinogrl", "dinogrl, lsmrl, or FILE.py:CLASS of your own; with --help it "
+                                    "lists "
                          "that method's options", group="run")
     seed: int = option(1, "for weights, sampling and augmentation; report the spread of at least 3",
                        0, 2 ** 62, group="run")
     auxiliary: bool = option(False, "BUPTCampus: train on its auxiliary set too; about twice the "
                              "identities", group="data")
-    erase: float = option(0.5, "probability of random erasing; lower it for short runs, which underfit",
+    erase: float = option(0.5, "probability of random erasing; lower it for short runs, which "
+                               "underfit",
                           0, 1, group="data")
-    cache: str = option("", "file for the training frames, resized and decoded, made once: for when "
+    cache: str = option("", "file for the training frames, resized and decoded, made once: for "
+                            "when "
                         "reading images is what the GPU waits for", group="data")
-    epochs: int = option(80, "nothing moves much ten epochs after the last milestone; 0 evaluates the "
+    epochs: int = option(80, "nothing moves much ten epochs after the last milestone; 0 evaluates "
+                             "the "
                          "untrained model", 0, 100_000, group="schedule")
     steps: int = option(200, "steps per epoch", 1, 1_000_000, group="schedule")
     identities: int = option(4, "identities per step, of all processes together; halve it before "
                              "anything else if memory runs out", 2, 100_000, group="schedule")
-    tracklets: int = option(4, "tracklets per identity and modality in a step; fewer than 2 starves "
+    tracklets: int = option(4, "tracklets per identity and modality in a step; fewer than 2 "
+                               "starves "
                             "the triplet loss", 1, 1024, group="schedule")
     optimizer: str = option("Adam", "Adam, or AdamW: decoupled weight decay", group="schedule")
     lr: float = option(3.5e-4, "learning rate; scale it with the identities per step", 1e-12, 100,
                        group="schedule")
     weight_decay: float = option(5e-4, "weight decay, on every parameter as in the release", 0, 100,
                                  group="schedule")
-    warmup_epochs: int = option(10, "linear warm-up from 0.01 of the rate; shorten it only for smaller "
+    warmup_epochs: int = option(10, "linear warm-up from 0.01 of the rate; shorten it only for "
+                                    "smaller "
                                 "networks", 0, 100_000, group="schedule")
     milestones: tuple = option((40, 70), "epochs at which the rate falls tenfold", group="schedule")
-    cosine: bool = option(False, "instead of milestones: after the warm-up the rate follows a cosine "
+    cosine: bool = option(False, "instead of milestones: after the warm-up the rate follows a "
+                                 "cosine "
                           "that ends at 0.01 after the last epoch", group="schedule")
     precision: str = option("auto", "auto, bfloat16, float16 (with loss scaling), float32; auto: "
                             "bfloat16 on CUDA, else float32", group="run")
-    checkpoint_activations: bool = option(False, "compute activations again in the backward pass: far "
+    checkpoint_activations: bool = option(False, "compute activations again in the backward pass: "
+                                                 "far "
                                           "less memory, 1.2 times the time, the same results",
                                           group="run")
-    evaluate_every: int = option(0, "epochs between evaluations; 0: after the last only (curves cost an "
+    evaluate_every: int = option(0, "epochs between evaluations; 0: after the last only (curves "
+                                    "cost an "
                                  "embedding pass each)", 0, 100_000, group="run")
 
 
@@ -151,8 +193,8 @@ def train(config, method, dataset, device, run, checkpoint):
             report(model, dataset, config, device, run, epoch + 1)
 
     if first_epoch >= config.epochs:
-        done = f"{printable(run.path)} has its {first_epoch} epochs already; raise --epochs to go on"
-        say_once(done if run.resume else "the untrained model")
+        done = f"{printable(run.path)} has its {first_epoch} epochs already; raise --epochs"
+        say_once(f"{done} to go on" if run.resume else "the untrained model")
         report(model, dataset, config, device, run, first_epoch)
 
 
@@ -173,8 +215,8 @@ def how_to_go_on(run):
     if not run.path or not os.path.exists(run.file(run.CHECKPOINT)):
         return "interrupted before the first checkpoint; start again"
     done = run.log[-1]["epoch"] if run.log else 0
-    return (f"interrupted; {run.file(run.CHECKPOINT)} holds {done} whole epochs; go on: python train.py "
-            f"--resume {run.path}")
+    return (f"interrupted; {run.file(run.CHECKPOINT)} holds {done} whole epochs; go on: python "
+            f"train.py --resume {run.path}")
 
 
 # --------------------------------------------------------- what a run is made of ----
@@ -219,8 +261,8 @@ def build(config, method, dataset, checkpoint, run):
 
 
 def learning_rate_factor(config):
-    """-> a function from the epoch to the factor on the learning rate: linear warm-up from 0.01, then
-    x0.1 at each milestone, or a cosine that would be at 0.01 one epoch after the last."""
+    """-> a function from the epoch to the factor on the learning rate: linear warm-up from 0.01,
+    then x0.1 at each milestone, or a cosine that would be at 0.01 one epoch after the last."""
     def factor(epoch):
         if epoch < config.warmup_epochs:
             return 0.01 + 0.99 * epoch / config.warmup_epochs
@@ -246,7 +288,8 @@ class TrainingState:
         self.rates = [group["lr"] for group in groups]
         self.optimizer = optimizer_class(groups, weight_decay=config.weight_decay,
                                          fused=device.type == "cuda")
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, learning_rate_factor(config))
+        factor = learning_rate_factor(config)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
 
     def rate(self):
@@ -284,10 +327,12 @@ class TrainingState:
             restore_random_states(checkpoint["random"], self.device)
             epoch = checkpoint["epoch"]
             if self.scheduler.last_epoch != epoch:
-                raise ValueError(f"the schedule is at epoch {self.scheduler.last_epoch}, not {epoch}")
+                raise ValueError(f"the schedule is at epoch {self.scheduler.last_epoch}, not "
+                                 f"{epoch}")
         except Exception as error:    # torch says a dozen things of a state that is none
-            raise UserError(f"{run.resume} can be evaluated but not resumed ({type(error).__name__}: "
-                            f"{in_short(error)}); expected last.pt as train.py wrote it") from None
+            raise UserError(f"{run.resume} can be evaluated but not resumed "
+                            f"({type(error).__name__}: {in_short(error)}); expected last.pt as "
+                            "train.py wrote it") from None
         # The schedule's options may have been overridden.
         self.scheduler.base_lrs = self.rates
         factor = learning_rate_factor(config)(epoch)
@@ -362,8 +407,8 @@ def untracked(module):
 
 
 def recompute_activations(model):
-    """--checkpoint-activations: the modules of `model` whose class says `recomputable` keep their input
-    alone and compute the rest once more in the backward pass. [ours]"""
+    """--checkpoint-activations: the modules of `model` whose class says `recomputable` keep their
+    input alone and compute the rest once more in the backward pass. [ours]"""
     def contexts(module):
         # The first pass as it is; in the second a batch would be counted twice.
         return nullcontext(), untracked(module)
@@ -376,8 +421,8 @@ def recompute_activations(model):
 
 # ----------------------------------------------------------- what a run shows ----
 
-SHORT = {"identity": "id", "triplet": "tri", "accuracy": "acc", "diversity": "div", "contrast": "con",
-         "consistency": "cons"}
+SHORT = {"identity": "id", "triplet": "tri", "accuracy": "acc", "diversity": "div",
+         "contrast": "con", "consistency": "cons"}
 
 
 def brief(means):
@@ -386,15 +431,17 @@ def brief(means):
     groups = {}
     for name, value in means.items():
         groups.setdefault(name.split("_")[0], []).append(f"{value:.2g}")
-    return " ".join(f"{SHORT.get(name, name)} {'/'.join(values)}" for name, values in groups.items())
+    return " ".join(f"{SHORT.get(name, name)} "
+                    f"{'/'.join(values)}" for name, values in groups.items())
 
 
 class EpochMeans:
-    """The means of an epoch's losses so far, over steps and processes, on the progress bar. A loss that
-    is not finite ends the run with the names of its tracklets."""
+    """The means of an epoch's losses so far, over steps and processes, on the progress bar. A loss
+    that is not finite ends the run with the names of its tracklets."""
 
     def __init__(self, epoch, config, dataset, device, run):
-        self.epoch, self.config, self.dataset, self.device, self.run = epoch, config, dataset, device, run
+        self.epoch, self.config, self.dataset = epoch, config, dataset
+        self.device, self.run = device, run
         self.rank, self.world = processes()
         self.step, self.start, self.means = 0, time.time(), {}
         self.sums = {}      # name: sum over the steps so far
@@ -439,8 +486,8 @@ class EpochMeans:
         """The words that name the first value which is not finite, in whichever process, and the
         tracklets of its batch. last.pt is older, and good."""
         where = f"epoch {self.epoch + 1}"
-        advice = (f"{self.run.file(self.run.CHECKPOINT)} is older and good: resume it with a lower --lr "
-                  "or --precision float32")
+        advice = (f"{self.run.file(self.run.CHECKPOINT)} is older and good: resume it with a lower "
+                  "--lr or --precision float32")
         mine = None
         for step, index, values in self.recent:
             wrong = [name for name, value in values.items() if not value.isfinite()]
@@ -448,8 +495,8 @@ class EpochMeans:
                 first_frames = [self.dataset.train[i].frames[0] for i in index.tolist()]
                 batch = " ".join(os.path.relpath(os.path.dirname(frame), self.dataset.root)
                                  for frame in first_frames)
-                mine = (f"{wrong[0]} is {values[wrong[0]].item()} in {where}, step {step}; {advice}, or "
-                        f"look at the batch's tracklets: {batch}")
+                mine = (f"{wrong[0]} is {values[wrong[0]].item()} in {where}, step {step}; "
+                        f"{advice}, or look at the batch's tracklets: {batch}")
                 break
         found = [words for words in from_all(mine) if words]
         return found[0] if found else f"the mean of a loss is not finite in {where}; {advice}"
@@ -475,14 +522,15 @@ def is_due(epoch, config):
 
 
 def make_up_for_evaluation(model, dataset, config, device, run, epoch):
-    """A run may have been stopped after its last checkpoint and before the evaluation that was due."""
+    """A run may have been stopped after its last checkpoint and before the evaluation that was
+    due."""
     if run.log and epoch < config.epochs and is_due(epoch, config) and "rank-1" not in run.log[-1]:
         report(model, dataset, config, device, run, epoch)
 
 
 def report(model, dataset, config, device, run, epoch):
-    """Evaluates; writes results.json and the pictures, adds Rank-1 and mAP to the last line of the log;
-    prints the table."""
+    """Evaluates; writes results.json and the pictures, adds Rank-1 and mAP to the last line of the
+    log; prints the table."""
     take_buffers_of_first(model)
     start = time.time()
     results, _, _ = evaluate(model, dataset, config, device)
@@ -507,7 +555,8 @@ def draw_pictures(model, dataset, config, device, run, results, epoch):
         for key in ("rank-1", "mAP"):
             run.log[-1][key] = {d: r[key] for d, r in results["directions"].items()}
         run.write_log()
-        write_picture(run.file("curves.png"), draw_curves(run.log, f"{config.method} on {dataset.name}"))
+        write_picture(run.file("curves.png"), draw_curves(run.log, f"{config.method} on "
+                                                                   f"{dataset.name}"))
         words += "; curves.png how it learned"
     return words
 
@@ -515,7 +564,8 @@ def draw_pictures(model, dataset, config, device, run, results, epoch):
 # ------------------------------------------------------------- command line ----
 
 def config_class(name):
-    """A method's name -> its class, and the dataclass of its whole configuration. Raises UserError."""
+    """A method's name -> its class, and the dataclass of its whole configuration. Raises
+    UserError."""
     method = load_method(name)
     return method, make_dataclass("Config", [], bases=(method.Options, Config))
 
@@ -530,8 +580,8 @@ def first_look():
 
 
 def read_command_line():
-    """-> the configuration, the method's class, the RunFolder, the checkpoint to go on from or None.
-    Raises UserError."""
+    """-> the configuration, the method's class, the RunFolder, the checkpoint to go on from or
+    None. Raises UserError."""
     method_name, resume = first_look()
     checkpoint = read_checkpoint(resume) if resume else None
     if checkpoint:
@@ -541,7 +591,8 @@ def read_command_line():
     runs = parser.add_argument_group("run")
     runs.add_argument("--preset", choices=("paper", "small"), help="paper (default for a real "
                       "benchmark) or small (default for walkers)")
-    runs.add_argument("--run", metavar="DIR", help="the run's folder; default: a new one under runs/")
+    runs.add_argument("--run", metavar="DIR", help="the run's folder; default: a new one under "
+                                                   "runs/")
     runs.add_argument("--resume", metavar="RUN", help="a run's folder; other options given here "
                       "override its own")
     add_options(parser, kind, method.Options.small)
@@ -574,8 +625,8 @@ def resumed_config(kind, checkpoint, given, resume):
         raise UserError(f"{resume} can be evaluated but not resumed: it has no "
                         f"{', '.join(sorted(missing))}")
     if checkpoint.get("step"):
-        raise UserError(f"{resume} was saved in the middle of an epoch, by an older version; it can be "
-                        "evaluated, or resumed with the code that wrote it")
+        raise UserError(f"{resume} was saved in the middle of an epoch, by an older version; it "
+                        "can be evaluated, or resumed with the code that wrote it")
     stored = stored_config(kind, checkpoint["config"], resume)
     given_optimizer = given.get("optimizer", stored.optimizer)
     if given_optimizer != stored.optimizer:
@@ -591,10 +642,12 @@ def check(config):
     if list(config.milestones) != sorted(config.milestones):
         words = " ".join(map(str, config.milestones))
         raise UserError(f"--milestones {words}; expected them in ascending order")
-    known = {"precision": ("auto", "bfloat16", "float16", "float32"), "optimizer": ("Adam", "AdamW")}
+    known = {"precision": ("auto", "bfloat16", "float16", "float32"),
+             "optimizer": ("Adam", "AdamW")}
     for name, values in known.items():
         if getattr(config, name) not in values:
-            raise UserError(f"--{name} {getattr(config, name)}; expected one of {', '.join(values)}")
+            raise UserError(f"--{name} {getattr(config, name)}; expected one of "
+                            f"{', '.join(values)}")
     config.check()
 
 

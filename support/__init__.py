@@ -1,6 +1,6 @@
 """What the top level stands on. A first reading may skip it.
 
-    files.py       errors that a user can act on, reading and writing that loses nothing, a run's folder
+    files.py       errors that a user can act on, writing that loses nothing, a run's folder
     options.py     a dataclass as a command line, progress bars, exit codes
     weights.py     tensors read safely and loaded strictly; where official weights come from
     parallel.py    several processes (torchrun), and one as the simplest case of several

@@ -33,15 +33,16 @@ DINOV2_HUB = "facebookresearch/dinov2:b8931f7bf91576930313be2c6d6af376033b35f0"
 
 
 class TokenLinear(nn.Linear):
-    """nn.Linear on tokens (N, L, D). On a CPU it is called as the 1x1 convolution that it is: oneDNN's
-    float32 convolutions use AVX-512 everywhere, MKL's products not on AMD's processors, where they
-    are 2.2 times slower."""
+    """nn.Linear on tokens (N, L, D). On a CPU it is called as the 1x1 convolution that it is:
+    oneDNN's float32 convolutions use AVX-512 everywhere, MKL's products not on AMD's processors,
+    where they are 2.2 times slower."""
 
     def forward(self, x):
         if x.is_cuda:
             return super().forward(x)
         maps = x[:, :, None].permute(0, 3, 1, 2)    # (N, D, L, 1)
-        return F.conv2d(maps, self.weight[:, :, None, None], self.bias).permute(0, 2, 3, 1).squeeze(2)
+        maps = F.conv2d(maps, self.weight[:, :, None, None], self.bias)
+        return maps.permute(0, 2, 3, 1).squeeze(2)
 
 
 class LayerScale(nn.Module):
@@ -190,18 +191,18 @@ def with_official_names(tensors):
 def load_dinov2(name, weights=None, pretrained=True):
     """The frozen DINOv2 of that name, in eval mode.
 
-    By default its tensors come from torch.hub, downloaded once and cached; weights: from a local file,
-    with the official names or Hugging Face's; pretrained=False: random, to be filled by a checkpoint.
-    `tiny` is always random. Raises UserError where nothing can be had."""
+    By default its tensors come from torch.hub, downloaded once and cached; weights: from a local
+    file, with the official names or Hugging Face's; pretrained=False: random, to be filled by a
+    checkpoint. `tiny` is always random. Raises UserError where nothing can be had."""
     if name not in DINOV2:
         raise UserError(f"--dinov2 {name} is not known; expected one of {', '.join(DINOV2)}")
     if name == "tiny" and weights:
-        raise UserError("--dinov2 tiny is random and reads no weights; drop --dinov2-weights, or name "
-                        "the model the file belongs to, such as --dinov2 dinov2_vits14")
+        raise UserError("--dinov2 tiny is random and reads no weights; drop --dinov2-weights, or "
+                        "name the model the file belongs to, such as --dinov2 dinov2_vits14")
     dim, depth, heads, registers = DINOV2[name]
     with torch.random.fork_rng(devices=[]):
-        # `tiny` is the same network in every run, as a pre-trained one would be. The CPU's generator
-        # alone: nobody would set the GPUs' back.
+        # `tiny` is the same network in every run, as a pre-trained one would be. The CPU's
+        # generator alone: nobody would set the GPUs' back.
         torch.default_generator.manual_seed(TINY_SEED)
         dinov2 = DinoVisionTransformer(dim=dim, depth=depth, heads=heads, registers=registers)
     if pretrained and weights:
@@ -214,8 +215,8 @@ def load_dinov2(name, weights=None, pretrained=True):
 
 def fetch_official(name):
     """The official tensors of that name by torch.hub. Raises UserError."""
-    ways_out = ("give its official file by --dinov2-weights FILE, or take --dinov2 tiny (random, for "
-                "trying out)")
+    ways_out = ("give its official file by --dinov2-weights FILE, or take --dinov2 tiny (random, "
+                "for trying out)")
 
     def fetch():
         with warnings.catch_warnings():

@@ -46,7 +46,8 @@ def read_lines(path):
 # --------------------------------------------------------------- writing ----
 
 def temporary_name(path):
-    """Beside `path`, so that a rename is enough; with the writer's number, so that two do not meet."""
+    """Beside `path`, so that a rename is enough; with the writer's number, so that two do not
+    meet."""
     return f"{path}.{os.getpid()}.tmp"
 
 
@@ -79,7 +80,8 @@ def write_picture(path, picture):
 
 
 def check_writable(path):
-    """Raises UserError if no file could be written at `path`: asked before the work, not after it."""
+    """Raises UserError if no file could be written at `path`: asked before the work, not after
+    it."""
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
         raise UserError(f"no folder {folder} for {path}; make it first")
@@ -89,7 +91,8 @@ def check_writable(path):
         open(temporary_name(path), "wb").close()
         os.remove(temporary_name(path))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be written ({in_short(error)}); choose another folder") from None
+        raise UserError(f"{path} cannot be written ({in_short(error)}); choose another "
+                        "folder") from None
 
 
 # ----------------------------------------------------------- a run's folder ----
@@ -128,7 +131,9 @@ class RunFolder:
     @property
     def is_resumed(self):
         """Does the run go on where it was, and not in another folder?"""
-        return bool(self.resume) and os.path.exists(self.path) and os.path.samefile(self.path, self.resume)
+        if not self.resume or not os.path.exists(self.path):
+            return False
+        return os.path.samefile(self.path, self.resume)
 
     def check(self):
         """Raises UserError if the folder cannot be taken; writes nothing."""
@@ -140,7 +145,9 @@ class RunFolder:
             raise UserError(f"{self.path} cannot be used ({error}); choose another --run") from None
         # These alone are left by a run that was stopped before its first checkpoint.
         if names - {self.CONFIG, self.LOCK}:
-            go_on = f", or go on with it by --resume {self.path}" if self.CHECKPOINT in names else ""
+            go_on = ""
+            if self.CHECKPOINT in names:
+                go_on = f", or go on with it by --resume {self.path}"
             raise UserError(f"{self.path} is not empty; choose another --run{go_on}")
         above = os.path.abspath(self.path)
         while not os.path.lexists(above):
@@ -155,7 +162,7 @@ class RunFolder:
             if self.path is None:
                 self.path = self._make_new(stem)
             os.makedirs(self.path, exist_ok=True)
-            self.lock = open(self.file(self.LOCK), "a")
+            self.lock = open(self.file(self.LOCK), "a")    # noqa: SIM115 - open while the run lives
         except OSError as error:
             raise UserError(f"{self.path} cannot be used ({error}); choose another --run") from None
         if not try_lock(self.lock):
@@ -168,18 +175,20 @@ class RunFolder:
 
     def _make_new(self, stem):
         os.makedirs("runs", exist_ok=True)
-        for number in range(1, 10 ** 6):
+        number = 1
+        while True:
             path = os.path.join("runs", f"{stem}-{number}")
             try:
                 os.mkdir(path)    # fails where it exists: two runs that start at once get two
+                return path
             except FileExistsError:
-                continue
-            return path
+                number += 1
 
     def _remove_leftovers(self):
         """What write_atomic was writing when the run was killed: nobody but us writes here now."""
+        ours = r"(config\.json|log\.jsonl|last\.pt|results\.json|.*\.png)\.\d+\.tmp"
         for name in os.listdir(self.path):
-            if re.fullmatch(r"(config\.json|log\.jsonl|last\.pt|results\.json|.*\.png)\.\d+\.tmp", name):
+            if re.fullmatch(ours, name):
                 os.remove(self.file(name))
 
     def _read_log(self, whole_epochs):
@@ -192,8 +201,8 @@ class RunFolder:
             self.log = [line for line in lines if line["epoch"] <= whole_epochs]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} has a line that is none ({type(error).__name__}: "
-                            f"{in_short(error, 80)}); expected one JSON object an epoch; remove that "
-                            "line") from None
+                            f"{in_short(error, 80)}); expected one JSON object an epoch; remove "
+                            "that line") from None
 
     def write_log(self):
         lines = "".join(f"{json.dumps(line)}\n" for line in self.log)

@@ -171,12 +171,12 @@ def folders_under(path):
         visited.add(real)
         files, folders = list_folder(folder)
         yield folder, files
+        own = [inner for inner in folders if not os.path.islink(inner)]
+        waiting.extendleft(reversed(own))
         for inner in folders:
             target = os.path.realpath(inner)
             leads_up = contains(target, top) or contains(target, real)
-            if not os.path.islink(inner):
-                waiting.appendleft(inner)
-            elif not leads_up:
+            if os.path.islink(inner) and not leads_up:
                 waiting.append(inner)
 
 

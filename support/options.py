@@ -4,7 +4,7 @@
     class Config:
         epochs: int = option(80, "0 evaluates the untrained model", least=0, most=10_000)
 
-    add_options(parser, Config, small)    --epochs N, with its help, default and small preset's value
+    add_options(parser, Config, small)    --epochs N, with its help and its defaults
     check_ranges(config)                  every value within its limits, wherever it comes from
     cli(main)                             one line and exit code 2 for whatever a user can cause
 
@@ -78,7 +78,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_options(parser, config_class, small):
-    """An option for each field of a dataclass. small: what the small preset changes, {name: value}."""
+    """An option for each field of a dataclass. small: what the small preset changes, {name:
+    value}."""
     groups = {group.title: group for group in parser._action_groups}
     for f in fields(config_class):
         title = f.metadata["group"]
@@ -127,8 +128,8 @@ def check_ranges(config):
 
 
 def stored_config(config_class, values, what):
-    """A checkpoint's configuration {name: value} -> the dataclass, checked; what it does not say has its
-    default. Raises UserError."""
+    """A checkpoint's configuration {name: value} -> the dataclass, checked; what it does not say
+    has its default. Raises UserError."""
     known = {f.name for f in fields(config_class)}
     config = config_class(**{name: value for name, value in values.items() if name in known})
     try:
@@ -153,8 +154,8 @@ def load_method(name):
     own = name not in METHODS
     path, _, class_name = METHODS.get(name, name).rpartition(":")
     if not path.endswith(".py") or not class_name.isidentifier():
-        raise UserError(f"--method {name} is not known; expected {', '.join(METHODS)}, or FILE.py:CLASS "
-                        "of your own")
+        raise UserError(f"--method {name} is not known; expected {', '.join(METHODS)}, or "
+                        "FILE.py:CLASS of your own")
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     path = os.path.abspath(path if own else os.path.join(root, path))
     if not os.path.isfile(path):
@@ -181,7 +182,8 @@ def say(text=""):
     except OSError as error:
         # Or Python would try once more at its end, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        reason = "whoever read it has gone (| head?)" if isinstance(error, BrokenPipeError) else error
+        closed = isinstance(error, BrokenPipeError)
+        reason = "whoever read it has gone (| head?)" if closed else error
         raise UserError(f"standard output cannot be written: {reason}; the files of the run are "
                         "written before anything is printed") from None
 
@@ -259,8 +261,8 @@ def progress(items, desc, total=None):
 # ----------------------------------------------------------- exit codes ----
 
 def keep_memory():
-    """Asks glibc to keep freed memory for the next step: handing 100 MB back to the system and asking
-    for them again costs a CPU a quarter of its time."""
+    """Asks glibc to keep freed memory for the next step: handing 100 MB back to the system and
+    asking for them again costs a CPU a quarter of its time."""
     mmap_threshold, trim_threshold, top_pad = -3, -1, -2
     try:
         libc = ctypes.CDLL(None)
@@ -289,8 +291,8 @@ def rank_of_process():
 
 
 def take_turn():
-    """torchrun ends all processes when the first one ends: what all have to say is said once, by the
-    first, if the others wait a little."""
+    """torchrun ends all processes when the first one ends: what all have to say is said once, by
+    the first, if the others wait a little."""
     time.sleep(2 * rank_of_process())
 
 
@@ -320,8 +322,8 @@ def what_went_wrong(error):
 
 
 def cli(main):
-    """Runs main(): exit code 0 or what it returns; 2 and one line for whatever a user can cause; 130
-    for Ctrl-C or SIGTERM."""
+    """Runs main(): exit code 0 or what it returns; 2 and one line for whatever a user can cause;
+    130 for Ctrl-C or SIGTERM."""
     fill_standard_streams()
     keep_memory()
     signal.signal(signal.SIGTERM, stop_politely)

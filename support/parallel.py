@@ -5,8 +5,8 @@
     model = shared(model, device)      gradients averaged, batch norms synchronised (on GPUs)
     with first_goes_first(): ...       one process of a machine downloads, the others find it there
 
-Each process computes the whole batch's losses from the embeddings of all, and the gradient of its own
-part. Where there is one process, every function here is the simplest case of itself.
+Each process computes the whole batch's losses from the embeddings of all, and the gradient of its
+own part. Where there is one process, every function here is the simplest case of itself.
 
 Quick question: why is a batch norm of several processes a matter at all? (Its statistics are the
 batch's. Of 8 tracklets they differ from those of 32, and so does what is learned.)
@@ -42,16 +42,16 @@ def torchrun_started_several():
 
 
 def join(name):
-    """"" (CUDA if there is one), cuda, cuda:1, cpu -> torch.device; under torchrun each process's own,
-    and the processes join. Raises UserError if it cannot be used."""
+    """"" (CUDA if there is one), cuda, cuda:1, cpu -> torch.device; under torchrun each process's
+    own, and the processes join. Raises UserError if it cannot be used."""
     global patient
     several = torchrun_started_several()
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if several and name.startswith("cuda"):
         here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         if name != "cuda" or here > gpus:
-            raise UserError(f"--device {name} and {here} processes on {gpus} GPUs; expected --device "
-                            "cuda and a GPU for each: lower --nproc_per_node")
+            raise UserError(f"--device {name} and {here} processes on {gpus} GPUs; expected "
+                            "--device cuda and a GPU for each: lower --nproc_per_node")
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
@@ -146,8 +146,8 @@ class Gathered(torch.autograd.Function):
 
 
 def gathered(x):
-    """x (B, ...) of this process -> (world * B, ...) of all of them, in order of rank; x itself where
-    there is one.
+    """x (B, ...) of this process -> (world * B, ...) of all of them, in order of rank; x itself
+    where there is one.
 
     For losses that compare tracklets: every process computes the same loss of the whole batch, and
     sends the gradient of its own part back. DistributedDataParallel then takes the mean over
@@ -158,9 +158,9 @@ def gathered(x):
 def shared(model, device):
     """The model as each process calls it: gradients are averaged over processes.
 
-    On GPUs batch norms see the batch of all; torch has no synchronised batch norm for CPUs, where each
-    process normalises by its own share. What is called ...head or ...heads is left alone: it is given
-    the gathered batch already."""
+    On GPUs batch norms see the batch of all; torch has no synchronised batch norm for CPUs, where
+    each process normalises by its own share. What is called ...head or ...heads is left alone: it
+    is given the gathered batch already."""
     if processes()[1] == 1:
         return model
     if device.type == "cuda":

@@ -18,6 +18,7 @@ import hashlib
 import math
 import os
 import struct
+import sys
 import warnings
 import zipfile
 from typing import NamedTuple
@@ -297,8 +298,8 @@ def nearest(query, piece, G, top, rows=1024):
 # -------------------------------------------------------------- FILE.npz ----
 
 EMBEDDING = np.dtype("<f4")
-# Kinds of numpy's types, and axes beside the first: N tracklets, or 1.
-TEXT, WHOLE_NUMBERS = "U", "iu"
+# How the names of numpy's types begin, and axes beside the first: N tracklets, or 1.
+TEXT, WHOLE_NUMBERS = ("<U",), ("<i", "<u", "|i", "|u")
 COLUMNS = {"name": (TEXT, 0), "pid": (WHOLE_NUMBERS, 0), "camera": (TEXT, 0),
            "modality": (TEXT, 0), "frame": (TEXT, 0), "shown": (TEXT, 1)}
 HEADS = ("model", "setting")
@@ -345,7 +346,7 @@ def check_array(name, array, N):
     kinds, more_axes = COLUMNS.get(name, (TEXT, 0))
     rows = N if name in COLUMNS else 1
     fits = array.shape[0] == rows and len(array.shape) == 1 + more_axes
-    if not fits or array.dtype.kind not in kinds:
+    if not fits or not array.dtype.str.startswith(kinds):
         raise ValueError(f"{name} is {array.dtype} {array.shape}")
     if not 0 < array.dtype.itemsize <= 4 * LONGEST_TEXT:
         raise ValueError(f"{name} is text of {array.dtype.itemsize // 4:,} characters")
@@ -371,13 +372,18 @@ class StoredGallery:
         self.model, self.setting = (self.rows(name, 0, 1).item() for name in HEADS)
 
     def _locate_all(self):
+        """-> {name: StoredArray}. Raises errors of a dozen types."""
         with open(self.path, "rb") as file, zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
             found = sorted(entry.filename for entry in entries)
             expected = sorted(f"{name}.npy" for name in ("embedding", *COLUMNS, *HEADS))
             if found != expected:
                 raise ValueError(f"it holds {' '.join(found)}")
-            arrays = {entry.filename.removesuffix(".npy"): locate(file, entry) for entry in entries}
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")    # numpy would mend a header, and say so
+                located = [locate(file, entry) for entry in entries]
+        names = [entry.filename.removesuffix(".npy") for entry in entries]
+        arrays = dict(zip(names, located, strict=True))
         embedding = arrays["embedding"]
         if embedding.dtype != EMBEDDING or len(embedding.shape) != 3:
             raise ValueError(f"embedding is {embedding.dtype} {embedding.shape}")
@@ -402,8 +408,8 @@ class StoredGallery:
         count, offset = math.prod(shape), array.offset + start * array.row_bytes
         try:
             values = np.fromfile(self.path, array.dtype, count, offset=offset)
-            if array.dtype.kind == TEXT:
-                values.tolist()    # numpy's texts may hold numbers that are no characters
+            if array.dtype.kind == "U" and values.view("<u4").max() > sys.maxunicode:
+                raise ValueError("numbers that are no characters")
             return values.reshape(shape)
         except (OSError, ValueError) as error:
             raise self._refusal(f"{name}: {in_short(error, 80)}") from None

@@ -1,9 +1,10 @@
-"""ResNet-50, tensor for tensor torchvision's (He et al., CVPR 2016), in the two pieces that DinoGRL uses.
+"""ResNet-50, tensor for tensor torchvision's (He et al., CVPR 2016), in the two pieces that DinoGRL
+uses.
 
     (N,3,256,128) -> Stem: conv1, bn1, maxpool -> (N,64,64,32) -> Stages: layer1..4 -> (N,2048,16,8)
 
-DinoGRL gives each modality a stem of its own, and one set of stages to both; the gait net has stages
-of its own. The last stride is 1: re-identification wants the finer map.
+DinoGRL gives each modality a stem of its own, and one set of stages to both; the gait net has
+stages of its own. The last stride is 1: re-identification wants the finer map.
 
 Quick question: why does the stem have no ReLU, though ResNet-50's has one? (The release leaves it
 out, and its weights were trained so. With one, its checkpoints would give other embeddings.)
@@ -16,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-RESNET50_URL = "https://download.pytorch.org/models/resnet50-0676ba61.pth"    # ImageNet V1, as released
+# ImageNet V1, as in the release.
+RESNET50_URL = "https://download.pytorch.org/models/resnet50-0676ba61.pth"
 
 
 class BasicBlock(nn.Module):
@@ -37,7 +39,8 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions beside a shortcut: (N, in_channels, H, W) -> (N, 4 * width, h, w)."""
+    """1x1, 3x3, 1x1 convolutions beside a shortcut: (N, in_channels, H, W) -> (N, 4 * width, h,
+    w)."""
     recomputable = True    # --checkpoint-activations
 
     def __init__(self, in_channels, width, stride):
@@ -100,8 +103,8 @@ def load_resnet50(source, stems, stages):
     source: "imagenet" (downloaded once and cached, hash checked) or a file. The classifier fc.* is
     not used. Raises UserError."""
     if source == "imagenet":
-        ways_out = ("give torchvision's file by --resnet-weights FILE, or take --resnet-weights random "
-                    "(much worse)")
+        ways_out = ("give torchvision's file by --resnet-weights FILE, or take --resnet-weights "
+                    "random (much worse)")
         tensors = download("ResNet-50 (ImageNet)", lambda: torch.hub.load_state_dict_from_url(
             RESNET50_URL, map_location="cpu", check_hash=True, weights_only=True), ways_out)
     else:

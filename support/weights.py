@@ -1,7 +1,8 @@
 """Weights: tensors read without running anything, loaded strictly, downloaded once.
 
     read_tensors(path)                    a torch file -> its contents
-    load_strictly(module, tensors, what)  every tensor there, none besides, each of its shape and kind
+    load_strictly(module, tensors, what)  every tensor there, none besides, each of its shape and
+    kind
     download(what, fetch, ways_out)       the official source, or an error with the ways out
     read_checkpoint, rebuild              last.pt -> its dict -> the model
 
@@ -23,19 +24,21 @@ def read_tensors(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"no file {path}; expected a torch file of tensors; check the path") from None
-    except Exception as error:    # a torn zip, a foreign pickle, a folder: torch raises a dozen types
-        raise UserError(f"{path} cannot be read as a torch file of tensors ({type(error).__name__}); "
-                        "it may be torn or of another kind: download or save it again") from error
+        raise UserError(f"no file {path}; expected a torch file of tensors; check the "
+                        "path") from None
+    except Exception as error:    # a torn zip, a foreign pickle: torch raises a dozen types
+        raise UserError(f"{path} cannot be read as a torch file of tensors "
+                        f"({type(error).__name__}); it may be torn or of another kind: download or "
+                        "save it again") from error
 
 
 def named_tensors(tensors, what):
     """Its argument, if it is a dict of named tensors (a state dict). Raises UserError."""
-    if isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors):
-        if all(torch.is_tensor(tensor) for tensor in tensors.values()):
-            return tensors
-    raise UserError(f"{what} holds no dict of named tensors; expected a state dict: is it the right "
-                    "file?")
+    is_named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
+    if is_named and all(torch.is_tensor(tensor) for tensor in tensors.values()):
+        return tensors
+    raise UserError(f"{what} holds no dict of named tensors; expected a state dict: is it the "
+                    "right file?")
 
 
 def is_plain(tensor):
@@ -55,6 +58,7 @@ def misfit(tensor, wanted):
         return f"is {tensor.dtype}, expected {wanted.dtype}"
     if not is_plain(tensor):
         return "is no plain tensor (sparse, expanded or without contents)"
+    return None
 
 
 def misfits(tensors, wanted):
@@ -95,8 +99,8 @@ def download(what, fetch, ways_out):
 # ----------------------------------------------------------- checkpoints ----
 
 def read_checkpoint(path):
-    """A run's folder, or its last.pt -> the checkpoint's dict, whose keys are of the kinds that they
-    should be. Raises UserError for anything that is none."""
+    """A run's folder, or its last.pt -> the checkpoint's dict, whose keys are of the kinds that
+    they should be. Raises UserError for anything that is none."""
     if os.path.isdir(path):
         path = os.path.join(path, "last.pt")
     checkpoint = read_tensors(path)
@@ -106,13 +110,15 @@ def read_checkpoint(path):
                         f"{', '.join(sorted(kinds))}; the authors' files go by --official DIR")
     for key, kind in kinds.items():
         if not isinstance(checkpoint[key], kind):
-            raise UserError(f"{path}: {key} is {checkpoint[key]!r:.60}; expected {kind.__name__}, as "
-                            "train.py writes it")
+            raise UserError(f"{path}: {key} is {checkpoint[key]!r:.60}; expected {kind.__name__}, "
+                            "as train.py writes it")
     classes = checkpoint["classes"]
     if not all(isinstance(name, str) for name in checkpoint["config"]) or checkpoint["epoch"] < 0:
-        raise UserError(f"{path} has an unusable config or epoch; expected last.pt as train.py wrote it")
+        raise UserError(f"{path} has an unusable config or epoch; expected last.pt as train.py "
+                        "wrote it")
     if not classes or not all(type(pid) is int for pid in classes):
-        raise UserError(f"{path}: classes are no list of identities; expected last.pt as train.py wrote it")
+        raise UserError(f"{path}: classes are no list of identities; expected last.pt as train.py "
+                        "wrote it")
     named_tensors(checkpoint["model"], f"{path}, model")
     return checkpoint
 
