@@ -1,4 +1,5 @@
 """Tests run from the repository's root: `python -m pytest`."""
+import shutil
 import sys
 from pathlib import Path
 
@@ -7,13 +8,25 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import support    # noqa: E402, F401    before torch: it sets what torch reads when it is imported
 from golden import write_official    # noqa: E402
 from walkers import make_walkers    # noqa: E402
 
 
+@pytest.fixture(scope="session", autouse=True)
+def leave_little(tmp_path_factory):
+    """What fixtures share is removed when all is done; pytest keeps what a test wrote that
+    failed."""
+    yield
+    for folder in tmp_path_factory.getbasetemp().iterdir():
+        if folder.is_dir() and not folder.name.startswith("test_"):
+            shutil.rmtree(folder)
+
+
 @pytest.fixture(scope="session")
 def official_files(tmp_path_factory):
-    """The authors' three files, formula-filled with seed 60. Half a gigabyte: made once, to be read only."""
+    """The authors' three files, formula-filled with seed 60. Half a gigabyte: made once, to be read
+    only, and removed."""
     folder = tmp_path_factory.mktemp("official")
     write_official(folder)
     return folder
@@ -21,7 +34,7 @@ def official_files(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def walkers(tmp_path_factory):
-    """A folder of walkers, as small as a dataset may be: 4 training and 5 test identities, galleries of 20. Read only."""
+    """A folder of walkers: 4 training and 5 test identities, galleries of 20. Read only."""
     folder = tmp_path_factory.mktemp("walkers") / "walkers"
     make_walkers(folder, train_identities=4, test_identities=5, frames=12, height=64)
     return folder

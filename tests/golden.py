@@ -1,4 +1,5 @@
-"""Formula-filled weight files: the names and shapes of the real ones, contents that any machine can make again."""
+"""Formula-filled weight files: the names and shapes of the real ones, contents that any machine can
+make again."""
 import json
 import zlib
 from pathlib import Path
@@ -14,25 +15,35 @@ def official_keys():
     return json.loads((HERE / "official_checkpoint_keys.json").read_text())
 
 
+def gain_of(key, shape):
+    """How large a weight's numbers are."""
+    if key.startswith("enhance_"):
+        return 0.05
+    fan_in = shape[1] if key.endswith("fc_bin") else np.prod(shape[1:])
+    gain = np.sqrt(2 / fan_in)
+    return gain / 2 if ".resnet_conv." in key else gain
+
+
 def formula(key, shape, seed=60):
     """The tensor that the formula gives for a key of that shape."""
     if key.endswith("num_batches_tracked"):
         return torch.zeros(shape, dtype=torch.int64)
-    x = np.random.RandomState(zlib.crc32(f"{seed}/{key}".encode())).standard_normal(shape).astype(np.float32)
+    random = np.random.RandomState(zlib.crc32(f"{seed}/{key}".encode()))
+    x = random.standard_normal(shape).astype(np.float32)
+    is_scale = key.endswith("gamma") or (len(shape) == 1 and key.endswith("weight"))
+    is_small = len(shape) == 1 or key.endswith(("cls_token", "pos_embed", "mask_token"))
     if key.endswith("running_var"):
         x = 1 + 0.1 * np.abs(x)
     elif key.endswith("running_mean"):
         x = 0.1 * x
     elif key.endswith("GAP.p"):
         x = np.full(shape, 3)
-    elif key.endswith("gamma") or (len(shape) == 1 and key.endswith("weight")):
+    elif is_scale:
         x = 1 + 0.1 * x
-    elif len(shape) == 1 or key.endswith(("cls_token", "pos_embed", "mask_token")):
+    elif is_small:
         x = 0.1 * x
     else:
-        fan_in = shape[1] if key.endswith("fc_bin") else np.prod(shape[1:])
-        gain = 0.05 if key.startswith("enhance_") else np.sqrt(2 / fan_in)
-        x = x * (gain / 2 if ".resnet_conv." in key else gain)
+        x = x * gain_of(key, shape)
     return torch.from_numpy(np.asarray(x, dtype=np.float32).reshape(shape))
 
 
@@ -40,4 +51,6 @@ def write_official(folder, seed=60):
     """Writes the three formula-filled files."""
     for name, keys in official_keys().items():
         # The gcn_* tensors are 500 MB that nobody reads: one element stands for each.
-        torch.save({k: torch.zeros(1) if ".gcn_" in k else formula(k, s, seed) for k, s in keys.items()}, Path(folder) / name)
+        tensors = {key: torch.zeros(1) if ".gcn_" in key else formula(key, shape, seed)
+                   for key, shape in keys.items()}
+        torch.save(tensors, Path(folder) / name)

@@ -27,10 +27,12 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 # Runs of seconds: the small presets, smaller still.
-TINY = ("--preset small --epochs 1 --steps 2 --identities 2 --frames 2 --mask-warmup 2 --workers 0 "
-        "--width 8 --dim 8 --dino-size 224 112 --code-size 16 8 --gait-strides 1 1 1 1").split()
-TINY_LSMRL = ("--method lsmrl --preset small --epochs 1 --steps 2 --identities 2 --frames 2 "
-              "--size 32 16 --groups 2").split()
+TINY = str.split(
+    "--preset small --epochs 1 --steps 2 --identities 2 --frames 2 --mask-warmup 2 --workers 0 "
+    "--width 8 --dim 8 --dino-size 224 112 --code-size 16 8 --gait-strides 1 1 1 1")
+TINY_LSMRL = str.split(
+    "--method lsmrl --preset small --epochs 1 --steps 2 --identities 2 --frames 2 "
+    "--size 32 16 --groups 2")
 
 # For networks of the paper's size; tiny ones gain nothing by it, and disturb each other.
 BOTH_CORES = {"OMP_NUM_THREADS": "2"}

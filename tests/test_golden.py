@@ -1,15 +1,16 @@
-"""Every golden array: what the authors' released network computes on formula-filled weights, float32, CPU."""
+"""Every golden array: what the authors' released network computes on formula-filled weights,
+float32, CPU."""
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-
-from ranking import distances
 from golden import formula, official_keys
 from model import identity_loss, load_official, triplet_loss
 from pbmge import PBMGE
 from sasgl import upsampled
+from support.ranking import distances
+
+import numpy as np
+import pytest
+import torch
 
 GOLDEN = dict(np.load(Path(__file__).parent / "dinogrl_official.npz"))
 
@@ -22,6 +23,10 @@ def agrees(name, value, tolerance=1e-4):
     assert error < tolerance, f"{name}: relative deviation {error:.1e}"
 
 
+def standard_normal(random, shape):
+    return torch.from_numpy(random.standard_normal(shape).astype(np.float32))
+
+
 @pytest.fixture(scope="module")
 def official(official_files):
     return load_official(official_files)
@@ -29,19 +34,20 @@ def official(official_files):
 
 @pytest.fixture(scope="module")
 def frames():
-    r = np.random.RandomState(60)
-    return torch.from_numpy(np.stack([r.standard_normal((6, 3, 256, 128)).astype(np.float32) for _ in range(2)]))
+    random = np.random.RandomState(60)
+    return torch.stack([standard_normal(random, (6, 3, 256, 128)) for _ in range(2)])
 
 
 @pytest.fixture(scope="module")
 def computed(official, frames):
     """Everything the network gives for one visible and one infrared tracklet, computed once."""
     with torch.no_grad():
-        modality = torch.tensor([0, 1])
-        streams, view = official.streams(frames, modality)
-        return {"view": view, **streams, "features": official.sasgl.features(frames[0, :1]),
-                "embedding": torch.cat([streams["gait"], streams["appearance"]], 1),
-                "logits": {s: getattr(official, f"{s}_head")(streams[s]) for s in streams}}
+        streams, codes = official.streams(frames, torch.tensor([0, 1]))
+        logits = {"gait": official.gait_head(streams["gait"]),
+                  "appearance": official.appearance_head(streams["appearance"])}
+        return {"codes": codes, **streams, "logits": logits,
+                "features": official.sasgl.features(frames[0, :1]),
+                "embedding": torch.cat([streams["gait"], streams["appearance"]], 1)}
 
 
 def test_features(computed):
@@ -51,15 +57,15 @@ def test_features(computed):
 
 
 def test_silhouettes(computed):
-    view = computed["view"]
-    agrees("mask_probability", view.mask[:, 0])
-    agrees("foreground", view.silhouette)
-    agrees("denoising", view.denoising.permute(0, 2, 3, 1)[::5, ::7, ::5])
-    agrees("appearance_code", view.appearance.permute(0, 2, 3, 1)[::5, ::7, ::5])
+    codes = computed["codes"]
+    agrees("mask_probability", codes.mask[:, 0])
+    agrees("foreground", codes.silhouette)
+    agrees("denoising", codes.denoising.permute(0, 2, 3, 1)[::5, ::7, ::5])
+    agrees("appearance_code", codes.appearance.permute(0, 2, 3, 1)[::5, ::7, ::5])
 
 
 def test_sasgl_losses(computed):
-    losses = computed["view"].losses    # weighted
+    losses = computed["codes"].losses    # weighted
     agrees("loss_mask", losses["mask"])
     agrees("loss_smooth_mask", losses["smooth_mask"] / 0.02)
     agrees("loss_smooth_part", losses["smooth_part"] / 0.01)
@@ -77,41 +83,48 @@ def test_distance(computed):
 
 
 def test_embed_is_the_concatenation_gait_first(official, frames, computed):
+    infrared_first = torch.tensor([1, 0])    # the order is the caller's
     with torch.no_grad():
-        embedding = official.embed(frames.flip(0), torch.tensor([1, 0]))    # infrared first: the order is the caller's
+        embedding = official.embed(frames.flip(0), infrared_first)
     torch.testing.assert_close(embedding.flip(0), computed["embedding"], rtol=1e-4, atol=1e-4)
     assert embedding.shape == (2, 70, 256)
 
 
 def test_losses():
-    r = np.random.RandomState(63)
-    features = torch.from_numpy(0.05 * r.standard_normal((8, 256, 35)).astype(np.float32))
-    logits = torch.from_numpy(r.uniform(-1, 1, (8, 10, 35)).astype(np.float32))
+    random = np.random.RandomState(63)
+    features = torch.from_numpy(0.05 * random.standard_normal((8, 256, 35)).astype(np.float32))
+    logits = torch.from_numpy(random.uniform(-1, 1, (8, 10, 35)).astype(np.float32))
     label = torch.tensor([0, 0, 1, 1, 0, 0, 1, 1])
     agrees("loss_triplet", triplet_loss(features.transpose(1, 2), label))
     agrees("loss_identity", identity_loss(logits.transpose(1, 2), label))
 
 
 def test_pbmge_in_training():
-    pbmge = PBMGE(dim=256, strips=(1, 2, 4, 8, 16))
+    pbmge = PBMGE(dim=256, strips=(1, 2, 4, 8, 16)).train()
     keys = official_keys()["best_model2.pth"]
-    names = {"enhance_shape_net_3": pbmge.enhance_gait, "enhance_app_net_3": pbmge.enhance_appearance}
-    for theirs, module in names.items():
-        module.load_state_dict({k.removeprefix(theirs + ".").replace("g.0.", "g."): formula(k, s)
-                                for k, s in keys.items() if k.startswith(theirs)})
-    gait, appearance = (torch.from_numpy(np.random.RandomState(s).standard_normal((8, 256, 31)).astype(np.float32))
-                        for s in (61, 62))
-    gait, appearance = pbmge.train()(gait.transpose(1, 2), appearance.transpose(1, 2))
+    modules = {"enhance_shape_net_3": pbmge.enhance_gait,
+               "enhance_app_net_3": pbmge.enhance_appearance}
+    for theirs, module in modules.items():
+        tensors = {}
+        for key, shape in keys.items():
+            if key.startswith(theirs):
+                ours = key.removeprefix(theirs + ".").replace("g.0.", "g.")
+                tensors[ours] = formula(key, shape)
+        module.load_state_dict(tensors)
+    parts = [standard_normal(np.random.RandomState(seed), (8, 256, 31)) for seed in (61, 62)]
+    gait, appearance = pbmge(*(x.transpose(1, 2) for x in parts))
     agrees("pbmge_train_gait", gait.transpose(1, 2)[:, :, 31:])
     agrees("pbmge_train_appearance", appearance.transpose(1, 2)[:, :, 31:])
-    for theirs, module in names.items():
-        for W in ("W1", "W2"):
-            for stat in ("running_mean", "running_var"):
-                agrees(f"pbmge_{theirs}_{W}_1_{stat}", getattr(getattr(module, W)[1], stat))
+    for theirs, module in modules.items():
+        for W, batch_norm in (("W1", module.W1[1]), ("W2", module.W2[1])):
+            agrees(f"pbmge_{theirs}_{W}_1_running_mean", batch_norm.running_mean)
+            agrees(f"pbmge_{theirs}_{W}_1_running_var", batch_norm.running_var)
 
 
 def test_every_golden_array_is_tested():
     source = Path(__file__).read_text()
-    by_loop = {"gait", "appearance", "gait_logits", "appearance_logits", "loss_smooth_mask_as_released"}
+    by_loop = {"gait", "appearance", "gait_logits", "appearance_logits",
+               "loss_smooth_mask_as_released"}
     for name in GOLDEN:
-        assert f'"{name}"' in source or name in by_loop or name.startswith("pbmge_enhance_"), name
+        is_of_pbmge = name.startswith("pbmge_enhance_")
+        assert f'"{name}"' in source or name in by_loop or is_of_pbmge, name

@@ -1,18 +1,21 @@
-"""PBMGE against the literal form of the paper: every D x D x D product formed, every BatchNorm called."""
+"""PBMGE against the literal form of the paper: every D x D x D product formed, every BatchNorm
+called."""
+from pbmge import PBMGE, Enhance, prepare
+
 import torch
 import torch.nn.functional as F
 
-from pbmge import PBMGE, Enhance, prepare
-
 
 def literal_enhance(module, query, source):
-    """out = q + W1(relu(f) g(s)) - W2(relu(-f) g(s)), f = theta(q) phi(s)^T / D, as the paper writes it."""
+    """out = q + W1(relu(f) g(s)) - W2(relu(-f) g(s)), f = theta(q) phi(s)^T / D, as the paper
+    writes it."""
     q, s = query.unsqueeze(1), source.unsqueeze(1)    # (B, 1, D): one scalar token per channel
-    f = module.theta(q).transpose(1, 2) @ module.phi(s) / query.shape[-1]    # (B, D, D)
+    D = query.shape[-1]
+    f = module.theta(q).transpose(1, 2) @ module.phi(s) / D    # (B, D, D)
     g = module.g(s).transpose(1, 2)    # (B, D, D)
-    similar = module.W1((F.relu(f) @ g).transpose(1, 2)).squeeze(1)
-    dissimilar = module.W2((F.relu(-f) @ g).transpose(1, 2)).squeeze(1)
-    return query + similar - dissimilar
+    similar = module.W1((F.relu(f) @ g).transpose(1, 2))
+    dissimilar = module.W2((F.relu(-f) @ g).transpose(1, 2))
+    return (q + similar - dissimilar).squeeze(1)
 
 
 def literal_pbmge(module, gait, appearance):
@@ -47,41 +50,50 @@ def test_values_gradients_and_statistics_equal_the_literal_form():
     want = literal_pbmge(literal, *copies)
     weights = [torch.randn_like(x) for x in want]
     for outputs in (got, want):
-        sum((w * x).sum() for w, x in zip(weights, outputs)).backward()
-    for a, b in zip(got, want):
+        weighed = [w * x for w, x in zip(weights, outputs, strict=True)]
+        sum(x.sum() for x in weighed).backward()
+    for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
-    for a, b in zip(inputs, copies):
+    for a, b in zip(inputs, copies, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-9)
-    for (name, a), b in zip(ours.named_parameters(), literal.parameters()):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-8, atol=1e-8, msg=name)
+    for name, parameter in ours.named_parameters():
+        wanted = literal.get_parameter(name).grad
+        torch.testing.assert_close(parameter.grad, wanted, rtol=1e-8, atol=1e-8, msg=name)
     for name, value in ours.state_dict().items():
         torch.testing.assert_close(value, literal.state_dict()[name], msg=name)
 
 
+def same_as_literal(module, query, source):
+    got = module(query, prepare(source), module.products())
+    torch.testing.assert_close(got, literal_enhance(module, query, source))
+
+
 def test_degenerate_affinities():
-    """alpha = 0 (either sign of zero), ties among the source's values, and thresholds equal to a value."""
+    """alpha = 0 (either sign of zero), ties among the source's values, and thresholds equal to a
+    value."""
     torch.manual_seed(1)
     module = speaking(Enhance(6)).eval()
     with torch.no_grad():
         for conv in (module.theta, module.phi):
             conv.weight.zero_()    # f is constant: alpha = 0, beta = theta_b . phi_b
-    query, source = torch.randn(3, 6).double(), torch.tensor([[1.0, 1.0, -2.0, 0.0, 0.0, 1.0]]).double().expand(3, 6)
+    query = torch.randn(3, 6).double()
+    source = torch.tensor([[1.0, 1.0, -2.0, 0.0, 0.0, 1.0]]).double().expand(3, 6)
     for sign in (1, -1):
         module.theta.bias.data.copy_(sign * module.phi.bias.data)
-        torch.testing.assert_close(module(query, prepare(source)), literal_enhance(module, query, source))
-        torch.testing.assert_close(module(-0.0 * query, prepare(source)), literal_enhance(module, -0.0 * query, source))
+        same_as_literal(module, query, source)
+        same_as_literal(module, -0.0 * query, source)
     with torch.no_grad():    # f_ij = (q_i + s_j - ...) crosses zero exactly at values of s
-        module.theta.weight.fill_(1.0)
-        module.phi.weight.fill_(1.0)
-        module.theta.bias.zero_()
-        module.phi.bias.zero_()
+        for conv in (module.theta, module.phi):
+            conv.weight.fill_(1.0)
+            conv.bias.zero_()
     whole = torch.tensor([[0.0, 1.0, -1.0, 2.0, -0.0, 3.0]]).double().expand(3, 6)
-    torch.testing.assert_close(module(whole, prepare(source)), literal_enhance(module, whole, source))
+    same_as_literal(module, whole, source)
 
 
 def test_starts_as_the_identity():
     gait, appearance = torch.randn(2, 4, 31, 16)
-    for x, y in zip((gait, appearance), PBMGE(dim=16, strips=(1, 2, 4, 8, 16))(gait, appearance)):
+    pbmge = PBMGE(dim=16, strips=(1, 2, 4, 8, 16))
+    for x, y in zip((gait, appearance), pbmge(gait, appearance), strict=True):
         assert y.shape == (4, 35, 16)
         torch.testing.assert_close(y, torch.cat([x, x[:, :1].expand(-1, 4, -1)], dim=1))
 
@@ -93,4 +105,4 @@ def test_autocast_changes_nothing():
     want = module.eval()(gait, appearance)
     with torch.autocast("cpu", torch.bfloat16):
         got = module(gait, appearance)
-    assert all(torch.equal(a, b) for a, b in zip(got, want))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
