@@ -1,6 +1,6 @@
 """Tracklets: both benchmarks read from disk, frames and identities sampled, batches augmented.
 
-    --data PATH -> load_dataset -> Dataset: train and test tracklets, both directions' indices
+    --data PATH -> load_dataset -> Dataset: train and test tracklets, who is searched for whom
        train: IdentitySampler: P identities x K tracklets x 2 modalities -> Frames -> augment
        test:  every test tracklet once, in order                         -> Frames -> normalise
 
@@ -9,12 +9,13 @@ PATH may be HITSZ-VCM or BUPTCampus; which one is seen from its files (docs/data
 data.py PATH` prints the statistics and every problem: run it once before the first training.
 
 Quick question: why does every frame of a tracklet get the same crop, flip and erased rectangle?
-(Drawn anew per frame, a walking person would jump and turn about six times a second, and no part of
-the body would be where it was.)
+(Drawn anew per frame, a walking person would jump and turn from one frame to the next, and no part
+of the body would be where it was.)
 
 Ours, not the paper's: one draw of the augmentation per tracklet; the pad of the random crop scales
 with the image (10 pixels at height 256); an order of identities, tracklets and frames that depends
-on seed and epoch alone; the rule `consecutive`; the checks.
+on seed and epoch alone; the frame rule `consecutive` (which frames of a tracklet are read); the
+checks.
 """
 import json
 import math
@@ -77,7 +78,8 @@ class Dataset:
 # ------------------------------------------------------------- HITSZ-VCM ----
 
 HITSZ_LISTS = "track_train_info.txt", "track_test_info.txt", "train_name.txt", "test_name.txt"
-# 0001M2D3T1F1.jpg: numbers may be padded or not, so the letters decide.
+# 0001M2D3T1F1.jpg: pid, M modality, D camera, T track (which has no folder), F file. Numbers may be
+# padded or not, so the letters decide.
 HITSZ_NAME = re.compile(r"(\d{1,9})M([12])D(\d{1,9})T\d+F([^/\\]+)")
 HITSZ_MODALITY = {1: INFRARED, 2: VISIBLE}
 HITSZ_FOLDER = {1: "ir", 2: "rgb"}
@@ -85,6 +87,7 @@ SHORTEST = 12    # tracks of fewer frames are dropped, as everyone does
 
 
 def is_walkers(path):
+    """Is it the synthetic demo dataset that walkers.py draws, in HITSZ-VCM's layout?"""
     return os.path.isfile(os.path.join(path, "walkers.json"))
 
 
@@ -93,17 +96,18 @@ def read_hitsz(root, info):
     name = "walkers" if is_walkers(root) else "HITSZ-VCM"
     dataset = Dataset(name, root, ignore_same_camera=True)
     rows = {split: read_hitsz_tracks(dataset, info, split) for split in ("train", "test")}
-    query = read_hitsz_queries(dataset, info, rows["test"])
+    query_rows = read_hitsz_queries(dataset, info, rows["test"])
     dataset.train = [t for t in rows["train"] if t and len(t.frames) >= SHORTEST]
 
-    # Short tracks are dropped only now: query_IDX counts rows of the whole file.
+    # Short tracks are dropped only now: query_IDX counts rows of the whole file. The queries are
+    # also the gallery of visible->infrared; an infrared row that is no query is in neither.
     infrared, visible, left_out = [], [], 0
     for row, tracklet in enumerate(rows["test"]):
         if not tracklet or len(tracklet.frames) < SHORTEST:
             continue
         place = len(dataset.test)
         dataset.test.append(tracklet)
-        if row in query:
+        if row in query_rows:
             infrared.append(place)
         elif tracklet.modality == VISIBLE:
             visible.append(place)
@@ -154,6 +158,7 @@ def read_hitsz_tracks(dataset, info, split):
     info_file = f"track_{split}_info.txt"
     for number, line in enumerate(read_lines(os.path.join(info, info_file)), 1):
         try:
+            # Some copies were exported as floats: "1.0".
             m, start, end, pid, camera = (int(word.removesuffix(".0")) for word in line.split())
             if m not in HITSZ_MODALITY or not 1 <= start <= end <= len(entries):
                 raise ValueError
@@ -164,12 +169,12 @@ def read_hitsz_tracks(dataset, info, split):
                                     f"{split}_name.txt")
             tracklets.append(None)
             continue
-        frames = [entry for entry in entries[start - 1:end] if entry]
-        if any(written != (pid, m, camera) for _, written in frames):
+        listed = [entry for entry in entries[start - 1:end] if entry]
+        if any(written != (pid, m, camera) for _, written in listed):
             dataset.notes.append(f"{info_file} row {number} says pid {pid}, modality {m}, camera "
                                  f"{camera}, but its lines of {split}_name.txt say otherwise; the "
                                  "row is believed")
-        paths = tuple(path for path, _ in frames)
+        paths = tuple(path for path, _ in listed)
         tracklets.append(Tracklet(paths, pid, f"D{camera}", HITSZ_MODALITY[m]))
     return tracklets
 
@@ -179,6 +184,7 @@ def read_hitsz_queries(dataset, info, test_rows):
     query = set()
     text = " ".join(read_lines(os.path.join(info, "query_IDX.txt")))
     for word in text.replace(",", " ").split():
+        # 0, which is no row, for what is no number of at most 9 digits.
         row = int(word) if word.isdecimal() and len(word) < 10 else 0
         if not 1 <= row <= len(test_rows):
             dataset.problems.append(f"query_IDX.txt: {word[:60]!r} is no row of "
@@ -227,7 +233,8 @@ def read_bupt(root, auxiliary):
 
 
 def read_bupt_rows(dataset, paths, name, modalities):
-    """A list of `pid modality camera tracklet` -> Tracklets; a row RGB/IR is an aligned pair."""
+    """A list of `pid modality camera tracklet` -> Tracklets; a row RGB/IR is an aligned pair.
+    modalities: what the second column may hold."""
     tracklets = []
     for number, line in enumerate(read_lines(os.path.join(dataset.root, name)), 1):
         words, where = line.split(), f"{name} row {number}"
@@ -238,8 +245,8 @@ def read_bupt_rows(dataset, paths, name, modalities):
             dataset.problems.append(f"{where}: {line.strip()[:60]!r}; expected `pid modality "
                                     f"camera tracklet` with modality {' or '.join(modalities)}")
             continue
-        pid, both, camera, track = words
-        for modality in both.split("/"):
+        pid, written, camera, track = words
+        for modality in written.split("/"):
             frames = bupt_frames(dataset, paths, where, (pid, modality, camera, track))
             if frames:
                 tracklets.append(Tracklet(frames, int(pid), camera, BUPT_MODALITY[modality]))
@@ -271,12 +278,13 @@ def bupt_frames(dataset, paths, where, keys):
 # --------------------------------------------------------------- either one ----
 
 def recognise(path):
-    """A folder -> the function that reads it, without arguments but `auxiliary`, or None."""
+    """A folder -> a function of `auxiliary` that reads it into a Dataset; None if it is none."""
     for info in (os.path.join(path, "info"), path):
         if any(os.path.isfile(os.path.join(info, name)) for name in HITSZ_LISTS):
             return lambda auxiliary: read_hitsz(path, info)
+    # PATH may be the DATA folder itself ("." too): its lists lie above it.
     real = os.path.realpath(path)
-    above = os.path.dirname(real) if os.path.basename(real) == "DATA" else path    # given as DATA
+    above = os.path.dirname(real) if os.path.basename(real) == "DATA" else path
     for root in (path, above):
         if any(os.path.isfile(os.path.join(root, name)) for name in BUPT_LISTS):
             return lambda auxiliary: read_bupt(root, auxiliary)
@@ -289,8 +297,9 @@ def holds_images(path):
     return any(file.lower().endswith(extensions) for _, _, files in os.walk(path) for file in files)
 
 
-def find_dataset(path):
-    """recognise, in `path` or in the one folder of it that is a dataset. Raises UserError."""
+def find_reader(path):
+    """recognise's function, for `path` or for the one folder in it that is a dataset. Raises
+    UserError."""
     if not os.path.isdir(path):
         raise UserError(f"no folder {path}; expected HITSZ-VCM or BUPTCampus; check the path")
     reader = recognise(path)
@@ -342,7 +351,7 @@ def find_missing_frames(dataset):
 
 
 def check_identities(dataset):
-    """Adds what keeps the tracklets from being trained on and searched in."""
+    """Adds to dataset.problems what makes training or ranking impossible, to .notes what is odd."""
     if not dataset.train or not dataset.test:
         dataset.problems.append(f"{len(dataset.train)} training and {len(dataset.test)} test "
                                 "tracklets; expected some of each")
@@ -367,7 +376,7 @@ def check_identities(dataset):
 def read_dataset(path, auxiliary=False):
     """Recognises and reads the dataset at `path`; its .problems lists what is wrong. Raises
     UserError if none is there."""
-    dataset = find_dataset(path)(auxiliary)
+    dataset = find_reader(path)(auxiliary)
     find_missing_frames(dataset)
     check_identities(dataset)
     return dataset
@@ -387,8 +396,8 @@ def load_dataset(path, auxiliary=False):
 # ----------------------------------------------------------------- frames ----
 
 def chunks(n, T, rng=None):
-    """T of n frames, in order: of each of T equal chunks (ceil; the last frame repeated) the first,
-    or with rng (training) a random one."""
+    """T of n frames, in order. They are cut into T chunks of ceil(n / T), the last frame repeated
+    as needed; of each the first, or with rng (training) a random one."""
     length = math.ceil(n / T)
     within = 0 if rng is None else rng.integers(length, size=T)
     return np.minimum(np.arange(T) * length + within, n - 1)
@@ -505,8 +514,8 @@ ERASED = torch.tensor([0.4914, 0.4822, 0.4465])
 
 
 def normalise(frames, channels=slice(None)):
-    """uint8 (..., 3, H, W), or those of the channels that are there -> float32, mean 0, deviation
-    1."""
+    """uint8 (..., C, H, W) -> float32, mean 0, deviation 1. channels: which of red, green and blue
+    the C are, all by default."""
     mean = MEAN[channels, None, None].to(frames.device)
     std = STD[channels, None, None].to(frames.device)
     return (frames / 255).sub_(mean).div_(std)
@@ -521,13 +530,16 @@ def augment(frames, modality, rng, erase=0.5):
     (1 of 8). The numbers are drawn on the CPU: a GPU is not waited for."""
     B, T, C, H, W = frames.shape
     pad = round(10 * H / 256)
+    # Drawn before the rest: this order is what a seed means, in runs of all versions.
     crops = [(*rng.integers(2 * pad + 1, size=2), rng.random() < 0.5) for _ in range(B)]
     gray = GRAY[:, None, None].to(frames.device)
     fill = ERASED[:, None, None].to(frames.device)
     out = torch.empty(frames.shape, device=frames.device)
-    for b, is_infrared in enumerate(modality.tolist()):    # one tracklet stays in a CPU's cache
+    # One tracklet at a time fits the processor's cache, which is faster than the whole batch.
+    for b, is_infrared in enumerate(modality.tolist()):
         top, left, is_flipped = crops[b]
         box = erased_box(H, W, rng) if rng.random() < erase else None
+        # 0, 1, 2: that channel alone. 3 and more: all; and half of the infrared ones are mixed.
         channel = rng.integers(4 if is_infrared else 6)
         is_mixed = rng.random() < 0.5 and channel == 3 and is_infrared
         used = slice(channel, channel + 1) if channel < 3 else slice(None)

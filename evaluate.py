@@ -46,7 +46,7 @@ from support.files import (
     write_json,
     write_picture,
 )
-from support.footage import ANIMATED, find_footage, ignore_interrupts, read_frame
+from support.footage import file_of, find_footage, ignore_interrupts, read_frame
 from support.options import (
     Bar,
     Parser,
@@ -86,20 +86,25 @@ MOST_ROWS = 50    # queries in a picture of a search
 @dataclass
 class Reading:
     """The choices of a run that an evaluation needs too; train.Config adds the others."""
-    data: str = option("", "HITSZ-VCM or BUPTCampus folder; without it walkers are made under "
-                           "runs/ "
-                       "and learned", group="data")
-    size: tuple = option((256, 128), "height and width of the frames; the maps' rows are cut into "
-                         "strips", 1, 4096, group="data")
-    frames: int = option(6, "frames per tracklet; more helps a little and costs in proportion",
-                         1, 1024, group="data")
-    frame_rule: str = option("", f"which frames: {', '.join(FRAME_RULES)}; none: as the dataset's "
-                             "protocol has it", group="data")
-    workers: int = option(min(8, os.cpu_count() or 1), "loader processes; raise it if the GPU "
-                                                       "waits, 0 "
-                          "where reading is nothing beside a CPU's step", 0, 256, group="data")
-    test_batch: int = option(32, "tracklets at a time in evaluation; lower it if memory runs out",
-                             1, 4096, group="data")
+    data: str = option(
+        "", "HITSZ-VCM or BUPTCampus folder; without it walkers are made under runs/ and learned",
+        group="data")
+    size: tuple = option(
+        (256, 128), "height and width of the frames; the maps' rows are cut into strips",
+        least=1, most=4096, group="data")
+    frames: int = option(
+        6, "frames per tracklet; more helps a little and costs in proportion",
+        least=1, most=1024, group="data")
+    frame_rule: str = option(
+        "", f"which frames: {', '.join(FRAME_RULES)}; none: as the dataset's protocol has it",
+        group="data")
+    workers: int = option(
+        min(8, os.cpu_count() or 1),
+        "loader processes; raise it if the GPU waits; 0 reads in the main process, best for tiny "
+        "images on a CPU", least=0, most=256, group="data")
+    test_batch: int = option(
+        32, "tracklets at a time in evaluation; lower it if memory runs out",
+        least=1, most=4096, group="data")
     device: str = option("", "cuda, cuda:1, cpu; default: cuda if there is one", group="run")
 
 
@@ -107,8 +112,9 @@ class Reading:
 
 def clips(tracklet, T, rule="chunks"):
     """--all-frames: a tracklet of n frames -> ceil(n / T) of T frames each, which together hold
-    every frame. Clip j takes the j-th frame of each of T chunks, so that each spans the whole walk,
-    as the clips of training do; clip 0 is the usual one. [ours]"""
+    every frame (by the rules chunks and linspace). Clip j takes the j-th frame of each of T chunks,
+    so that each spans the whole walk, as the clips of training do; clip 0 is the usual one. [ours]
+    """
     n = len(tracklet.frames)
     starts = FRAME_RULES[rule](n, T)
     made = []
@@ -159,7 +165,7 @@ def embed_shared(model, tracklets, config, device, **how):
     rank, world = processes()
     shares = np.array_split(np.arange(len(tracklets)), world)
     mine = [tracklets[i] for i in shares[rank]]
-    longest = len(shares[0])    # the first is: all send as many rows
+    longest = len(shares[0])    # array_split's first is; all send as many rows, cut off below
     rows = stacked(embed_tracklets(model, mine, config, device, **how), longest)
     collected = collect_in_first(rows, device)
     if collected is None:
@@ -179,8 +185,8 @@ class Direction:
         self.query, self.gallery = torch.tensor(query), torch.tensor(gallery)
         self.query_parts = embeddings[self.query]
         self.gallery_parts = embeddings[self.gallery].to(device)
-        pid, = as_integers([t.pid for t in dataset.test])
-        camera, = as_integers([t.camera for t in dataset.test])
+        [pid] = as_integers([t.pid for t in dataset.test])
+        [camera] = as_integers([t.camera for t in dataset.test])
         self.labels = []
         for side in (self.query, self.gallery):
             its_camera = camera[side] if dataset.ignore_same_camera else None
@@ -213,8 +219,9 @@ class Direction:
 
 
 def evaluate(model, dataset, config, device, *, reranked=False, all_frames=False):
-    """-> the results of both directions with the silhouettes' IoU (results.json without its head),
-    the embeddings (N, parts, dim), and both Directions. In all processes but the first: None."""
+    """-> the results of both directions with the silhouettes' IoU (results.json without method,
+    dataset and seconds), the embeddings (N, parts, dim), and both Directions. In all processes but
+    the first: None."""
     rule = frame_rule(config, dataset)
     embeddings = embed_shared(model, dataset.test, config, device, rule=rule, all_frames=all_frames)
     if embeddings is None:
@@ -226,8 +233,8 @@ def evaluate(model, dataset, config, device, *, reranked=False, all_frames=False
 
 
 def ranked_lists(directions, top, words):
-    """Rows for draw_ranking: four queries of each direction, evenly taken. words: what is
-    special."""
+    """Rows for draw_ranking: four queries of each direction, evenly taken. words: added to the
+    title, such as ", all frames"."""
     lists = []
     for direction in directions:
         for row in evenly(range(len(direction.query)), 4):
@@ -240,7 +247,7 @@ def ranked_lists(directions, top, words):
 
 
 def speciality(rerank=False, all_frames=False):
-    """Results of --rerank and --all-frames are no plain ones, and say so."""
+    """The label of results of --rerank or --all-frames, which are no plain ones; else ""."""
     words = ["re-ranked (k-reciprocal)"] * rerank + ["all frames"] * all_frames
     return ", ".join(words)
 
@@ -288,10 +295,11 @@ def true_mask(root, frame, size):
 
 
 def title_of(tracklet):
-    first = tracklet.frames[0]
-    animated = ANIMATED.fullmatch(first)
-    own = os.path.basename(animated[1] if animated else os.path.dirname(first))
-    who = f"{tracklet.camera}, person {tracklet.pid}" if tracklet.pid >= 0 else own
+    """"infrared D3, person 7"; of footage, whose person nobody knows (-1), its folder or file."""
+    who = f"{tracklet.camera}, person {tracklet.pid}"
+    if tracklet.pid < 0:
+        first = file_of(tracklet.frames[0])
+        who = os.path.basename(os.path.dirname(first) if first == tracklet.frames[0] else first)
     return f"{tracklet.modality} {who}"
 
 
@@ -344,9 +352,10 @@ def silhouette_sheet(model, dataset, config, device, each=2):
 
 def setting(config, all_frames):
     """What an embedding was made of, in words."""
+    rule = f" ({config.frame_rule})" if config.frame_rule else ""
     if all_frames:
-        return f"all frames, {config.frames} at a time"
-    return f"{config.frames} frames of each tracklet"
+        return f"all frames, {config.frames} at a time{rule}"
+    return f"{config.frames} frames of each tracklet{rule}"
 
 
 def own_tracklets(path, modality):
@@ -369,14 +378,15 @@ def open_gallery(args, model, config, device, scratch):
     """--gallery -> StoredGallery: the FILE.npz itself, or a folder embedded into --save or into the
     scratch folder. Raises UserError for one that another model or setting has made."""
     how, path = setting(config, args.all_frames), args.gallery
-    if not args.kept:
+    if not args.gallery_is_file:
         path = args.save or os.path.join(scratch, "gallery.npz")
         gallery = own_tracklets(args.gallery, args.gallery_modality or VISIBLE)
-        embeddings = embed_tracklets(model, list(gallery.values()), config, device,
-                                     all_frames=args.all_frames)
+        rule = frame_rule(config, Dataset("footage", args.gallery))
+        embeddings = embed_tracklets(model, list(gallery.values()), config, device, rule,
+                                     args.all_frames)
         save_embeddings(path, list(gallery), list(gallery.values()), embeddings, model, how)
     stored = StoredGallery(path)
-    if args.kept and stored.model != fingerprint(model):
+    if args.gallery_is_file and stored.model != fingerprint(model):
         raise UserError(f"{path} was embedded by another model; expected the one of "
                         f"{args.checkpoint or args.official}: embed the gallery again")
     if stored.setting != how:
@@ -423,8 +433,9 @@ class Hit(NamedTuple):
 
 def nearest_of(queries, stored, args, model, config, device):
     """{name: Tracklet} -> {name: its Hits, the nearest first}; the gallery is read in pieces."""
-    embeddings = embed_tracklets(model, list(queries.values()), config, device,
-                                 all_frames=args.all_frames)
+    rule = frame_rule(config, Dataset("footage", args.query))
+    embeddings = embed_tracklets(model, list(queries.values()), config, device, rule,
+                                 args.all_frames)
     query = stacked(embeddings, len(queries)).to(device)
     N, parts, dim = stored.shape
     stored.check_like(*query.shape[1:])
@@ -437,9 +448,9 @@ def nearest_of(queries, stored, args, model, config, device):
     ranked = {name: [] for name in queries}
     for q, name in enumerate(queries):
         for value, row in zip(distance[q].tolist(), index[q].tolist(), strict=True):
-            hit, modality, shown = (stored.rows(column, row, row + 1)[0].tolist()
-                                    for column in ("name", "modality", "shown"))
-            ranked[name].append(Hit(hit, modality, value, shown))
+            found, modality, shown = (stored.rows(column, row, row + 1)[0].tolist()
+                                      for column in ("name", "modality", "shown"))
+            ranked[name].append(Hit(found, modality, value, shown))
     return ranked
 
 
@@ -496,7 +507,7 @@ def load_authors_files(folder):
     from model import Options, load_official  # only here: LSMRL needs no DinoGRL
     torch.backends.cudnn.allow_tf32 = False    # their embeddings to float32's last digits
     config_class = make_dataclass("Config", [], bases=(Options, Reading))
-    return load_official(folder), config_class(test_batch=16), "dinogrl"
+    return load_official(folder), config_class(), "dinogrl"
 
 
 # -------------------------------------------------------------- command line ----
@@ -545,8 +556,8 @@ def command_line():
     args = parser.parse_args()
     names = {f.name for f in fields(Reading)}
     overrides = {name: value for name, value in given_options(args).items() if name in names}
-    args.kept = bool(args.gallery) and os.path.isfile(args.gallery)
-    args.kept = args.kept and args.gallery.lower().endswith(".npz")
+    args.gallery_is_file = bool(args.gallery) and os.path.isfile(args.gallery)
+    args.gallery_is_file = args.gallery_is_file and args.gallery.lower().endswith(".npz")
     return args, overrides
 
 
@@ -568,11 +579,11 @@ def check_arguments(args, overrides):
     if "data" in overrides or args.rerank:
         raise UserError("--data and --rerank are for a benchmark, whose gallery is closed; drop "
                         "them, or --query and --gallery")
-    if args.kept and (args.gallery_modality or args.save):
+    if args.gallery_is_file and (args.gallery_modality or args.save):
         raise UserError(f"{args.gallery} is embedded already and knows its modality; drop "
                         "--gallery-modality and --save")
-    other_output = args.json or args.figure or args.silhouettes
-    if not args.query and (other_output or not args.save):
+    only_embeds = args.save and not (args.json or args.figure or args.silhouettes)
+    if not args.query and not only_embeds:
         raise UserError("--gallery alone only embeds: give --save FILE.npz for it, or --query DIR "
                         "to search")
 
@@ -585,11 +596,11 @@ def check_outputs(args):
         path = getattr(args, name)
         if path is None:
             continue
-        # So that none can take the place of a frame or a checkpoint, ...
+        # So that none can take the place of a frame or a checkpoint.
         if not path.lower().endswith(kind):
             raise UserError(f"--{name} {path or 'is empty'}; expected a name that ends in {kind}")
         check_writable(path)
-        # ... or of another one.
+        # Nor of another output.
         other = taken.setdefault(os.path.realpath(path), name)
         if other != name:
             raise UserError(f"--{other} and --{name} are both {path}; choose two names")
@@ -632,7 +643,7 @@ def report(args, model, config, device, head, start):
                                                all_frames=args.all_frames)
     if results is None:    # process 0 does the rest
         return
-    results = {"method": head["method"], "dataset": dataset.name, **head, **results,
+    results = {**head, "dataset": dataset.name, **results,
                "seconds": round(time.time() - start, 1)}
     if args.json:
         write_json(args.json, results)

@@ -16,14 +16,17 @@ visible and infrared video towards it:
 
 The paper's abstract (arXiv 2601.12062) gives the modules and what each is for; its formulas and
 numbers are not public. So each choice is marked: [paper] the abstract says so, [after X] it follows
-a public predecessor (VLD, CLIP-ReID, TPS, X-ReID), [ours] else.
+a public predecessor, [ours] else. The predecessors: CLIP-ReID (Li et al., AAAI 2023), sentences of
+learned words for identities; VLD (video-level language-driven VVI-ReID, 2025), the same for both
+modalities; X-ReID (AAAI 2026), cross-modality interaction in training; TPS (temporal patch shift,
+ECCV 2022), action recognition.
 
 - [paper] CLIP as backbone with minimal changes; STFL's three encoders; modality-shared prompts; SD
   before CMI; identity-level losses and two modality-level ones, for discrimination and for
   generalisation to unseen categories.
 - [after VLD] ViT-B/16 at 288x144, positions resized bilinearly; classifiers, soft-margin weighted
-  triplets, z with f; video-to-text cross-entropy times 0.08 on plain dot products; the optimizer
-  and its schedule. [after CLIP-ReID] four words per identity.
+  triplets; z and f side by side at test; video-to-text cross-entropy times 0.08 on plain dot
+  products; the optimizer and its schedule. [after CLIP-ReID] four words per identity.
 - [after TPS] the patch shift and its table. [after X-ReID] CMI in training only.
 
 Quick question: why does SD read a bank of all training identities' sentences, and not the person's
@@ -73,8 +76,10 @@ def attend_basic(attention, x):
 
 def attend_grouped(attention, x, groups):
     """x (B, T, 1+N, D) -> its update: each of `groups` horizontal stripes attends over its patches
-    of all T frames and the T CLS tokens (6 * 27 + 6 = 168 tokens against 163 of a frame); CLS
-    updates averaged over the stripes. [ours]"""
+    of all T frames and the T CLS tokens; CLS updates averaged over the stripes. [ours]
+
+    At T = 6, 18x9 patches and 6 stripes: 6 * 27 patches + 6 CLS = 168 tokens, as many as the 163 of
+    a frame alone."""
     B, T, L, D = x.shape
     cls, patches = x.split([1, L - 1], dim=2)
     cls = cls.transpose(1, 2).expand(B, groups, T, D)
@@ -281,8 +286,8 @@ class Options:
         (288, 144), "height and width of the frames, multiples of the patch",
         least=1, most=4096, group="data")
     boost: float = option(
-        25.0, "factor on the rate of classifiers, prompts and biases; less where CLIP is random "
-        "too", least=0, most=10_000)
+        25.0, "factor on the rate of classifiers, prompts and biases; lower it with --clip tiny, "
+        "whose own weights are new as well", least=0, most=10_000)
     clip: str = option("ViT-B-16", "ViT-B-16, or tiny: random, offline")
     clip_weights: str = option("", "local copy of OpenAI's ViT-B-16.pt, instead of the download")
     split: tuple = option(
@@ -352,12 +357,12 @@ class LSMRL(nn.Module):
         visual.resize(height // patch, width // patch)
 
         dim, text_dim = visual.proj.shape
-        heads = visual.transformer.resblocks[0].attn.heads
+        attention_heads = visual.transformer.resblocks[0].attn.heads
         self.prompts = Prompts(classes=classes, token_embedding=self.clip.token_embedding)
         # The text features as SD last saw them: at test they are fixed.
         self.register_buffer("bank", torch.zeros(classes, text_dim))
-        self.sd = SD(dim=dim, text_dim=text_dim, heads=heads) if config.sd else None
-        self.cmi = CMI(dim=dim, heads=heads) if config.cmi else None
+        self.sd = SD(dim=dim, text_dim=text_dim, heads=attention_heads) if config.sd else None
+        self.cmi = CMI(dim=dim, heads=attention_heads) if config.cmi else None
         self.heads = nn.ModuleDict()
         self.heads["z"] = classifier(dim, classes)
         self.heads["f"] = classifier(text_dim, classes)
@@ -365,7 +370,7 @@ class LSMRL(nn.Module):
             self.heads["cmi"] = classifier(dim, classes)
         for _, linear in self.heads.values():
             nn.init.normal_(linear.weight, std=0.001)
-        if pretrained:    # an untrained model can be evaluated, too
+        if pretrained:    # the bank is filled, should it be evaluated before its first step
             with torch.no_grad():
                 self.bank.copy_(self.text_features())
 
@@ -454,9 +459,10 @@ class LSMRL(nn.Module):
         for name, parameter in self.named_parameters():
             if not parameter.requires_grad:
                 continue
+            # As in VLD; SD's and CMI's layers are new too, but SD starts as nothing at any rate.
             is_classifier = name.startswith("heads.") and parameter.ndim == 2
-            is_new = is_classifier or name == "prompts.words"
-            if is_new or name.endswith("bias"):
+            is_boosted = is_classifier or name == "prompts.words"
+            if is_boosted or name.endswith("bias"):
                 fast.append(parameter)
             else:
                 slow.append(parameter)

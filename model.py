@@ -106,36 +106,43 @@ def triplet_loss(parts, label, margin=0.2):
 @dataclass
 class Options:
     """DinoGRL's own choices (train.Config has those that every method has)."""
-    dinov2: str = option("dinov2_vits14", "which DINOv2; vitb14 is slower and needs a new run; "
-                                          "tiny is "
-                         "random, for trying out")
+    dinov2: str = option(
+        "dinov2_vits14",
+        "which DINOv2; vitb14 is slower and needs a new run; tiny is random, for trying out")
     dinov2_weights: str = option("", "local file of DINOv2's tensors, instead of the download")
-    resnet_weights: str = option("imagenet", "imagenet (download), a local file, or random (much "
-                                             "worse)")
+    resnet_weights: str = option(
+        "imagenet", "imagenet (download), a local file, or random (much worse)")
     mask_branch: str = option("", "BigGait's MaskBranch_vits14.pt; spares the warm-up")
-    mask_warmup: int = option(500, "steps that train the mask bottleneck alone, before the rest "
-                                   "may use "
-                              "it; too few, and silhouettes are noise", 0, 1_000_000)
-    mask_lr: float = option(1e-3, "learning rate of that warm-up", 1e-12, 100)
+    mask_warmup: int = option(
+        500, "steps that train the mask bottleneck alone, before the rest may use it; too few, and "
+        "silhouettes are noise", least=0, most=1_000_000)
+    mask_lr: float = option(1e-3, "learning rate of that warm-up", least=1e-12, most=100)
     gait: bool = option(True, "off removes the whole gait stream")
     pbmge: bool = option(True, "off removes the fusion of the streams")
-    margin: float = option(0.2, "of the triplet loss", 0, 100)
-    identity_weight: float = option(1.0, "of the identity losses of both streams", 0, 1000)
-    triplet_weight: float = option(1.0, "of the triplet losses of both streams", 0, 1000)
-    dim: int = option(256, "numbers per part", 1, 4096)
-    strips: tuple = option((1, 2, 4, 8, 16), "horizontal strips of each granularity, the global "
-                                             "part "
-                           "first; the largest divides the maps' rows")
-    width: int = option(64, "channels of both ResNets after the stem; 64 is ResNet-50", 1, 512)
-    blocks: tuple = option((3, 4, 6, 3), "blocks of their four layers", 1, 100)
-    strides: tuple = option((1, 2, 2, 1), "strides of the appearance ResNet's four layers", 1, 4)
-    gait_strides: tuple = option((1, 2, 2, 1), "strides of the gait ResNet's four layers", 1, 4)
-    dino_size: tuple = option((448, 224), "height and width that DINOv2 sees, multiples of 14; "
-                                          "smaller "
-                              "is faster and blurs the silhouettes", 14, 4480)
-    code_size: tuple = option((64, 32), "height and width of silhouettes and codes", 1, 1024)
+    margin: float = option(0.2, "of the triplet loss", least=0, most=100)
+    identity_weight: float = option(1.0, "of both streams' identity losses", least=0, most=1000)
+    triplet_weight: float = option(1.0, "of both streams' triplet losses", least=0, most=1000)
+    dim: int = option(256, "numbers per part", least=1, most=4096)
+    strips: tuple = option(
+        (1, 2, 4, 8, 16),
+        "horizontal strips of each granularity, the global part first; the largest divides the "
+        "rows of the maps")
+    width: int = option(
+        64, "channels of both ResNets after the stem; 64 is ResNet-50", least=1, most=512)
+    blocks: tuple = option((3, 4, 6, 3), "blocks of their four layers", least=1, most=100)
+    strides: tuple = option(
+        (1, 2, 2, 1), "strides of the appearance ResNet's four layers", least=1, most=4)
+    gait_strides: tuple = option(
+        (1, 2, 2, 1), "strides of the gait ResNet's four layers", least=1, most=4)
+    dino_size: tuple = option(
+        (448, 224),
+        "height and width that DINOv2 sees, multiples of 14; smaller is faster and blurs the "
+        "silhouettes", least=14, most=4480)
+    code_size: tuple = option(
+        (64, 32), "height and width of silhouettes and codes", least=1, most=1024)
 
-    # A laptop's CPU, minutes: a tiny ViT, thin one-block ResNets, small frames.
+    # No option, but what --preset small changes, of these and of train.Config's options. A
+    # laptop's CPU, minutes: a tiny ViT, thin one-block ResNets, small frames.
     small = {"epochs": 6, "steps": 60, "identities": 8, "tracklets": 2, "frames": 4, "workers": 0,
              "warmup_epochs": 0, "milestones": (4, 5), "lr": 3e-3, "size": (64, 32), "erase": 0.0,
              "dinov2": "tiny", "resnet_weights": "random", "mask_warmup": 60, "mask_lr": 5e-2,
@@ -143,13 +150,14 @@ class Options:
              "gait_strides": (2, 1, 1, 1), "dino_size": (336, 168), "code_size": (32, 16)}
 
     def check(self):
-        """Raises UserError for a configuration that cannot work."""
-        pyramid = self.strips[0] == 1 if self.strips else False
-        if not pyramid or len(self.strips) > 10 or not all(0 < n <= 256 for n in self.strips):
+        """Raises UserError for a configuration that cannot work. self is a run's whole
+        configuration here (train.config_class): `size` is not DinoGRL's own."""
+        starts_global = self.strips[:1] == (1,)
+        if not starts_global or len(self.strips) > 10 or not all(0 < n <= 256 for n in self.strips):
             raise UserError(f"--strips {' '.join(map(str, self.strips))}; expected 1, the global "
                             "part, and then how many strips of each granularity, such as 1 2 4 8 "
                             "16")
-        self.check_rows("size", self.size[0] / 4, "strides")
+        self.check_rows("size", self.size[0] / 4, "strides")    # the stem divides by 4
         if self.gait:
             self.check_rows("code-size", self.code_size[0], "gait_strides")
             if self.dino_size[0] % PATCH or self.dino_size[1] % PATCH:
@@ -210,8 +218,9 @@ class DinoGRL(nn.Module):
             load_mask_branch(self.sasgl.mask_branch, config.mask_branch)
 
     def appearance_maps(self, frames, modality):
-        """Frames (B, T, 3, H, W), modality (B,), best on the CPU -> maps (B, T, C, h, w): each
-        modality through its own stem, then all through one backbone."""
+        """Frames (B, T, 3, H, W), modality (B,), best on the CPU -> maps (B, T, C, h, w), the
+        visible tracklets first, and the index (B,) that puts them back in order. Each modality
+        goes through its own stem, then all through one backbone."""
         B, T = frames.shape[:2]
         order = modality.argsort(stable=True)    # visible tracklets first
         visible = T * (modality == 0).sum().item()
@@ -285,7 +294,7 @@ class DinoGRL(nn.Module):
     def warm_up_losses(self, frames):
         """Frames (B, T, 3, H, W) -> the mask bottleneck's named losses."""
         last, _ = self.sasgl.features(frames.flatten(0, 1))
-        return self.sasgl.mask_losses(last)[1]
+        return self.sasgl.mask_and_losses(last)[1]
 
     def parameter_groups(self):
         """-> groups for the optimizer, each with its factor on the learning rate."""
@@ -370,7 +379,8 @@ def load_official(folder):
     """The authors' three files in `folder` -> a DinoGRL in eval mode that gives exactly their
     embeddings.
 
-    The class count is the files' own. gcn_* tensors are ignored. Raises UserError that lists every
+    The class count is the files' own. gcn_* tensors, of layers that the released network never
+    calls and not every file holds, are ignored. Raises UserError that lists every
     other missing, surplus or misshapen tensor under the authors' name."""
     paths = {name: os.path.join(folder, name) for name in OFFICIAL}
     files = {name: named_tensors(read_tensors(path), path) for name, path in paths.items()}
@@ -382,12 +392,13 @@ def load_official(folder):
     model = DinoGRL(Options(), classes, pretrained=False)
 
     own, tensors, wrong = model.state_dict(), {}, []
-    for name, prefixes in OFFICIAL.items():
-        held = {key: tensor for key, tensor in files[name].items() if ".gcn_" not in key}
-        ours = official_names(own, prefixes)
-        wanted = {theirs: own[key] for theirs, key in ours.items()} | dict.fromkeys(UNUSED[name])
-        wrong += [f"{name}: {line}" for line in misfits(held, wanted)]
-        tensors.update({key: held.get(theirs) for theirs, key in ours.items()})
+    for file, prefixes in OFFICIAL.items():
+        held = {name: tensor for name, tensor in files[file].items() if ".gcn_" not in name}
+        names = official_names(own, prefixes)    # theirs -> ours
+        wanted = {theirs: own[ours] for theirs, ours in names.items()}
+        wanted.update(dict.fromkeys(UNUSED[file]))    # None: must be there, of any shape
+        wrong += [f"{file}: {line}" for line in misfits(held, wanted)]
+        tensors.update({ours: held.get(theirs) for theirs, ours in names.items()})
     if wrong:
         raise UserError(f"{folder} does not fit the released DinoGRL: {'; '.join(wrong)}")
     model.load_state_dict(tensors)    # strict: every tensor of ours came from one of the files

@@ -7,15 +7,18 @@ asks the other, strip by strip and from coarse to fine, what confirms it and wha
     appearance parts  a_0 | a_1 a_2 | a_3 .. a_6 | a_7 .. a_14 | a_15 .. a_30      (B, 31, D)
                    global    n = 2       n = 4        n = 8          n = 16         granularities
 
-    for each granularity n, walking its strips i in order, x starting at g_0 and y at a_0:
+    for each granularity n = 2, 4, 8, 16, walking its strips i in order, from x = g_0 and y = a_0:
         x <- enhance_gait(query x, source a_i)          appearance tells gait  } bidirectional,
         y <- enhance_appearance(query y, source g_i)    gait tells appearance  } progressive
     the last x and y of each granularity are appended: (B, 35, D) and (B, 35, D).
 
-Enhance(q, s) is a cross-attention over the D channels of a part, each channel one scalar token. The
-literal form (tests/test_pbmge.py has it, as the reference) lifts every scalar to D dimensions and
-so costs D^3 a pair. But all the lifted tokens lie on one line, hence the D x D affinity is bilinear
-in two scalars,
+Enhance(q, s) is a cross-attention over the D channels of a part, each channel one scalar token:
+
+    f = theta(q) phi(s)^T / D,    out = q + BN(W1(relu(f) g(s))) - BN(W2(relu(-f) g(s)))
+
+The literal form (tests/test_pbmge.py has it, as the reference) lifts every scalar to D dimensions
+and so costs D^3 a pair. But all the lifted tokens lie on one line, hence the D x D affinity is
+bilinear in two scalars,
 
     f_ij = (k1 q_i s_j + k2 q_i + k3 s_j + k4) / D = alpha_i s_j + beta_i,    k: products of weights
 
@@ -43,6 +46,7 @@ class Source(NamedTuple):
     sums: torch.Tensor
 
     def part(self, i):
+        """Of parts (P, B, D): the i-th."""
         return Source(self.values[i], self.sums[i])
 
 
@@ -103,9 +107,11 @@ class Enhance(nn.Module):
         # How many of the sorted source values lie below each query's threshold. A count has no
         # gradient, and f is 0 at the threshold itself, so none is missing.
         with torch.no_grad():
-            threshold = -beta / (alpha + 0.0)    # + 0.0 turns -0 into +0
+            # + 0.0 turns -0 into +0: where alpha is 0 the sign of beta alone decides.
+            threshold = -beta / (alpha + 0.0)
             below = torch.searchsorted(source.values, threshold)    # (B, D)
-        # Sums of s^0, s^1, s^2 (B, 3, D): below the threshold, where f > 0, and where f < 0.
+        # Sums of s^0, s^1, s^2 (B, 3, D). left: s below the threshold; positive: f > 0; negative:
+        # f < 0.
         left = source.sums.gather(-1, below.unsqueeze(-2).expand(-1, 3, -1))
         total = source.sums[..., -1:]
         alpha, beta = alpha.unsqueeze(-2), beta.unsqueeze(-2)    # (B, 1, D)

@@ -7,25 +7,30 @@ Semantic-aware: what is kept of a pixel is not its colour but what DINOv2's feat
     frames (N,3,256,128), N = B*T
       -> features: resized to 448x224, frozen DINOv2, a grid of 32x16 --+-- last (N,32,16,384)
                                                                         +-- mid4 (N,32,16,1536)
-    last -> mask_branch 384 -> 2 -> 384 -> mask (N,2,64,32)
-         -> choose_body -> body (N,64,32) -> refine_edges -> silhouette (N,64,32)
-    mid4, on the silhouette's pixels alone --+-- denoising (N,16,64,32)   softmax: which part is it?
-                                             +-- appearance (N,16,64,32)  sigmoid: what is it like?
+    last (the last block's tokens), upsampled to 64x32 -> mask_branch: 384 -> 2 -> mask (N,2,64,32)
+      -> choose_body -> body (N,64,32) -> refine_edges -> silhouette (N,64,32)
+    mid4 (four blocks' tokens side by side), on the silhouette's pixels alone
+      --+-- denoising_branch -> denoising code (N,16,64,32), a softmax: which part of the body?
+        +-- appearance_branch -> appearance code (N,16,64,32), sigmoids: what is it like?
     both codes -> gait_net: two CodeStems -> AttentionFusion -> ResNet stages -> (N,2048,16,8)
+
+The codes' names are BigGait's, from which the release takes them: "denoising", since a word out of
+16 leaves no room for texture. The appearance code is a code of gait; the appearance *stream*, from
+pixels, is model.py's.
 
 The mask bottleneck is the trick: through two softmax channels only the strongest contrast of the
 features can be reconstructed, and for DINOv2 on a pedestrian crop that is body against background.
 
-What trains what: the mask is detached (so does the release) before the codes are cut out on it, so
-mask_branch learns from its own reconstruction alone, and the re-identification losses train the
-codes' branches and the gait net. The paper's "jointly" is one sum of losses, not one path of
+What trains what: the mask is detached (in the released code too) before the codes are cut out on
+it, so mask_branch learns from its own reconstruction alone, and the re-identification losses train
+the codes' branches and the gait net. The paper's "jointly" is one sum of losses, not one path of
 gradients. Until the mask is good, the codes are cut out of the wrong pixels: where no trained
-mask_branch is given, train.py trains it alone for some steps first (mask_losses).
+mask_branch is given, train.py trains it alone for some steps first (mask_and_losses).
 
 Quick question: why detach it at all? (Else identity losses would grow or shrink the silhouette
 until it tells identities apart, by its errors.)
 
-Ours, not the paper's: that warm-up; the body test's 5 edge rows scale with the map's height; a
+Ours, not the paper's: that warm-up; choose_body's 5 edge rows scale with the map's height; a
 batch without two foreground pixels gives empty codes instead of an error.
 """
 import math
@@ -48,6 +53,7 @@ class MaskBranch(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
+        # BigGait's names: bn_s stands before down_sampling, bn_t after it.
         self.bn_s = nn.BatchNorm1d(dim, affine=False)
         self.down_sampling = nn.Linear(dim, 2)
         self.up_sampling = nn.Linear(2, dim)
@@ -73,10 +79,11 @@ def choose_body(mask):
 
 
 def refine_edges(body):
-    """Body probability (N, H, W) -> silhouette: 1 inside, the probability on the edge band, 0
-    outside (a morphological closing)."""
+    """Body probability (N, H, W) -> silhouette: 1 inside, the probability on the edge, 0 outside.
+    Inside: dilated by one pixel, which closes holes, then eroded by two; the band that the erosion
+    takes is the edge."""
     dilated = F.max_pool2d(body.round()[:, None], 3, 1, 1)
-    # max_pool2d pads with minus infinity: outside the image counts for neither.
+    # max_pool2d pads with minus infinity: what is outside the image neither dilates nor erodes.
     eroded = -F.max_pool2d(-dilated, 5, 1, 2)
     inside, edge = eroded[:, 0] > 0.5, (dilated != eroded)[:, 0]
     on_edge = torch.where(edge, body, torch.zeros_like(body))
@@ -101,7 +108,7 @@ def smooth_loss(maps):
 class DenoisingBranch(nn.Module):
     """Features of pixels (M, 4D) -> denoising code (M, 16), a softmax: it can only say which part
     of the body this is."""
-    recomputable = True    # --checkpoint-activations
+    recomputable = True    # train.py may compute its activations again: --checkpoint-activations
 
     def __init__(self, dim, channels):
         super().__init__()
@@ -129,7 +136,7 @@ class AppearanceBranch(nn.Module):
 
 def diversity_loss(code):
     """Denoising code (N, C, H, W) -> scalar: log2(C) minus the entropy of the channels' shares. Low
-    where all words are in use."""
+    where all channels are in use."""
     total = code.sum((1, 2, 3)) + 1e-6
     share = code.sum((2, 3)) / total[:, None]
     entropy = -(share * torch.log2(share + 1e-6)).sum(1)
@@ -237,12 +244,13 @@ class SASGL(nn.Module):
         grid = self.dino_size[0] // PATCH, self.dino_size[1] // PATCH
         return last.unflatten(1, grid), mid4.unflatten(1, grid)
 
-    def mask_losses(self, last):
+    def mask_and_losses(self, last):
         """last (N, h, w, D) -> soft mask (N, 2, H, W), its losses, weighted."""
         pixels = upsampled(last, self.code_size).flatten(0, 2)
         mask, reconstruction = self.mask_branch(pixels)
         mask = mask.unflatten(0, (-1, *self.code_size)).permute(0, 3, 1, 2)
         with torch.autocast(last.device.type, enabled=False):
+            # The latter moves nothing (see smooth_loss): kept for the release's sum of losses.
             return mask, {"mask": reconstruction, "smooth_mask": 0.02 * smooth_loss(mask)}
 
     def cut_out(self, branch, pixels, where, N):
@@ -256,7 +264,7 @@ class SASGL(nn.Module):
     def encode(self, frames):
         """Frames (N, 3, H, W), normalised -> Codes."""
         last, mid4 = self.features(frames)
-        mask, losses = self.mask_losses(last)
+        mask, losses = self.mask_and_losses(last)
         body = choose_body(mask.detach())
         silhouette = refine_edges(body)
         # The branches see the foreground alone: their batch norms' statistics are the body's.
@@ -265,6 +273,7 @@ class SASGL(nn.Module):
         denoising = self.cut_out(self.denoising_branch, pixels, where, len(frames))
         appearance = self.cut_out(self.appearance_branch, pixels, where, len(frames))
         with torch.autocast(frames.device.type, enabled=False):
+            # Without one of them, or the sum over channels would be 1 all over the body.
             losses["smooth_part"] = 0.01 * smooth_loss(denoising[:, :-1])
             losses["diversity"] = 5 * diversity_loss(denoising)
         return Codes(mask, body, silhouette, denoising, appearance, losses)
@@ -283,8 +292,8 @@ class SASGL(nn.Module):
 def kept_codes(B):
     """(2, B) of 1 and 0: neither code may be relied on alone, so for a fifth of the tracklets one
     of the two, by chance, is blanked."""
+    is_whole = (torch.randperm(B) >= round(0.2 * B)).float()    # 0 for a fifth of them
+    candidate = torch.randint(2, (B,))    # the code that would be blanked
     keep = torch.ones(2, B)
-    is_whole = torch.randperm(B) >= round(0.2 * B)
-    blanked = torch.randint(2, (B,))
-    keep[blanked, torch.arange(B)] = is_whole.float()
+    keep[candidate, torch.arange(B)] = is_whole
     return keep

@@ -17,7 +17,7 @@ What makes a resumed run end with the same bits as one that was left alone (on a
 - which frames of them: a seed in each key, so that it matters not which loader process draws them;
 - augmentation: a generator made of seed, epoch, step and process;
 - dropout and blanking: torch's random state, saved with the checkpoint;
-- the loader's own generator, apart from torch's, which it would move on;
+- a generator for the loader alone: otherwise it would draw from torch's random state;
 - batch norms' statistics and the optimizer's moments, saved with the checkpoint.
 
 Quick question: where is the validation set? (Neither benchmark has one. So nothing here is chosen
@@ -27,6 +27,7 @@ Ours, not the papers': bfloat16 in place of float16 (which is an option); DinoGR
 warm-up of a part that must not be seen untrained; the small presets; exact resuming.
 """
 import bisect
+import itertools
 import math
 import os
 import time
@@ -86,53 +87,59 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 @dataclass
 class Config(Reading):
-    """Every choice of a run that is not the method's own. A method adds its Options, which may
-    change
+    """Every choice of a run that is not the method's own: these, and evaluate.Reading's, which an
+    evaluation needs too (data, size, frames, device). A method adds its Options, which may change
     a default here. The defaults are `--preset paper`; Options.small holds what `--preset small`
     changes."""
-    method: str = option("dinogrl", "dinogrl, lsmrl, or FILE.py:CLASS of your own; with --help it "
-                                    "lists "
-                         "that method's options", group="run")
-    seed: int = option(1, "for weights, sampling and augmentation; report the spread of at least 3",
-                       0, 2 ** 62, group="run")
-    auxiliary: bool = option(False, "BUPTCampus: train on its auxiliary set too; about twice the "
-                             "identities", group="data")
-    erase: float = option(0.5, "probability of random erasing; lower it for short runs, which "
-                               "underfit",
-                          0, 1, group="data")
-    cache: str = option("", "file for the training frames, resized and decoded, made once: for "
-                            "when "
-                        "reading images is what the GPU waits for", group="data")
-    epochs: int = option(80, "nothing moves much ten epochs after the last milestone; 0 evaluates "
-                             "the "
-                         "untrained model", 0, 100_000, group="schedule")
-    steps: int = option(200, "steps per epoch", 1, 1_000_000, group="schedule")
-    identities: int = option(4, "identities per step, of all processes together; halve it before "
-                             "anything else if memory runs out", 2, 100_000, group="schedule")
-    tracklets: int = option(4, "tracklets per identity and modality in a step; fewer than 2 "
-                               "starves "
-                            "the triplet loss", 1, 1024, group="schedule")
+    method: str = option(
+        "dinogrl", "dinogrl, lsmrl, or FILE.py:CLASS of your own; with --help it lists that "
+        "method's options", group="run")
+    seed: int = option(
+        1, "for weights, sampling and augmentation; report the spread of at least 3",
+        least=0, most=2 ** 62, group="run")
+    precision: str = option(
+        "auto", "auto, bfloat16, float16 (with loss scaling), float32; auto: bfloat16 on CUDA, "
+        "else float32", group="run")
+    checkpoint_activations: bool = option(
+        False, "compute activations again in the backward pass: far less memory, 1.2 times the "
+        "time, the same results", group="run")
+    evaluate_every: int = option(
+        0, "epochs between evaluations, each of which embeds the whole test set; 0: after the last "
+        "alone, and curves.png has one point of Rank-1", least=0, most=100_000, group="run")
+    auxiliary: bool = option(
+        False, "BUPTCampus: train on its auxiliary set too; about twice the identities",
+        group="data")
+    erase: float = option(
+        0.5, "probability of random erasing; lower it for short runs, which underfit",
+        least=0, most=1, group="data")
+    cache: str = option(
+        "", "file for the training frames, resized and decoded, made once: for when reading images "
+        "is what the GPU waits for", group="data")
+    epochs: int = option(
+        80, "nothing moves much ten epochs after the last milestone; 0 evaluates the untrained "
+        "model", least=0, most=100_000, group="schedule")
+    steps: int = option(200, "steps per epoch", least=1, most=1_000_000, group="schedule")
+    identities: int = option(
+        4, "identities per step, of all processes together; halve it before anything else if "
+        "memory runs out", least=2, most=100_000, group="schedule")
+    tracklets: int = option(
+        4, "tracklets per identity and modality in a step; fewer than 2 starves the triplet loss",
+        least=1, most=1024, group="schedule")
     optimizer: str = option("Adam", "Adam, or AdamW: decoupled weight decay", group="schedule")
-    lr: float = option(3.5e-4, "learning rate; scale it with the identities per step", 1e-12, 100,
-                       group="schedule")
-    weight_decay: float = option(5e-4, "weight decay, on every parameter as in the release", 0, 100,
-                                 group="schedule")
-    warmup_epochs: int = option(10, "linear warm-up from 0.01 of the rate; shorten it only for "
-                                    "smaller "
-                                "networks", 0, 100_000, group="schedule")
-    milestones: tuple = option((40, 70), "epochs at which the rate falls tenfold", group="schedule")
-    cosine: bool = option(False, "instead of milestones: after the warm-up the rate follows a "
-                                 "cosine "
-                          "that ends at 0.01 after the last epoch", group="schedule")
-    precision: str = option("auto", "auto, bfloat16, float16 (with loss scaling), float32; auto: "
-                            "bfloat16 on CUDA, else float32", group="run")
-    checkpoint_activations: bool = option(False, "compute activations again in the backward pass: "
-                                                 "far "
-                                          "less memory, 1.2 times the time, the same results",
-                                          group="run")
-    evaluate_every: int = option(0, "epochs between evaluations; 0: after the last only (curves "
-                                    "cost an "
-                                 "embedding pass each)", 0, 100_000, group="run")
+    lr: float = option(
+        3.5e-4, "learning rate; scale it with the identities per step",
+        least=1e-12, most=100, group="schedule")
+    weight_decay: float = option(
+        5e-4, "weight decay, on every parameter as in the release",
+        least=0, most=100, group="schedule")
+    warmup_epochs: int = option(
+        10, "linear warm-up from 0.01 of the rate; shorten it only for smaller networks",
+        least=0, most=100_000, group="schedule")
+    milestones: tuple = option(
+        (40, 70), "epochs at which the rate falls tenfold", group="schedule")
+    cosine: bool = option(
+        False, "instead of milestones: after the warm-up the rate follows a cosine that ends at "
+        "0.01 after the last epoch", group="schedule")
 
 
 # -------------------------------------------------------------- the loop ----
@@ -150,17 +157,18 @@ def train(config, method, dataset, device, run, checkpoint):
     torch.manual_seed(config.seed + 10 ** 6 * rank)    # the same weights, but dropout of its own
     state = TrainingState(model, config, device)
     first_epoch = state.restore(checkpoint, run) if checkpoint else 0
-    checkpoint = None    # gigabytes that nobody needs any more
+    if checkpoint:
+        checkpoint.clear()    # gigabytes that nobody needs any more
     claim(run, config, dataset, model, device, first_epoch)
     if not run.resume and config.epochs:
         warm_up(model, loader, config, device)
     if config.checkpoint_activations:
         recompute_activations(model)
-    parallel = shared(model, device)
+    data_parallel = shared(model, device)    # the model itself where there is one process
     autocast = partial(torch.autocast, device.type, state.dtype, enabled=state.is_mixed)
     if not run.resume:
         state.save(run, dataset, epoch=0)    # from here on a run that is killed can be resumed
-    make_up_for_evaluation(model, dataset, config, device, run, first_epoch)
+    catch_up_evaluation(model, dataset, config, device, run, first_epoch)
 
     for epoch in range(first_epoch, config.epochs):
         model.train()
@@ -174,7 +182,7 @@ def train(config, method, dataset, device, run, checkpoint):
 
             # Forward: named losses, already weighted.
             with autocast():
-                losses, shown = parallel(frames, modality, label)
+                losses, shown = data_parallel(frames, modality, label)
 
             # Backward, step.
             state.optimizer.zero_grad()
@@ -193,14 +201,13 @@ def train(config, method, dataset, device, run, checkpoint):
             report(model, dataset, config, device, run, epoch + 1)
 
     if first_epoch >= config.epochs:
-        done = f"{printable(run.path)} has its {first_epoch} epochs already; raise --epochs"
-        say_once(f"{done} to go on" if run.resume else "the untrained model")
+        say_once(nothing_to_train(run, first_epoch))
         report(model, dataset, config, device, run, first_epoch)
 
 
 def main():
     config, method, run, checkpoint = read_command_line()
-    run.check()
+    run.check()    # before anything is read or downloaded: is the folder free?
     device = join(config.device)
     dataset = training_data(config)
     try:
@@ -210,13 +217,18 @@ def main():
     leave()
 
 
+def nothing_to_train(run, epochs):
+    if run.resume:
+        return f"{printable(run.path)} has its {epochs} epochs already; raise --epochs to go on"
+    return "the untrained model"
+
+
 def how_to_go_on(run):
     """What to say after Ctrl-C."""
     if not run.path or not os.path.exists(run.file(run.CHECKPOINT)):
         return "interrupted before the first checkpoint; start again"
-    done = run.log[-1]["epoch"] if run.log else 0
-    return (f"interrupted; {run.file(run.CHECKPOINT)} holds {done} whole epochs; go on: python "
-            f"train.py --resume {run.path}")
+    return (f"interrupted; {run.file(run.CHECKPOINT)} holds {run.whole_epochs} whole epochs; go "
+            f"on: python train.py --resume {run.path}")
 
 
 # --------------------------------------------------------- what a run is made of ----
@@ -232,7 +244,7 @@ def training_data(config):
 
 
 def training_loader(config, dataset, device):
-    """Batches for ever: an epoch is what loader.batch_sampler.epoch says."""
+    """One pass over it is one epoch: the one that loader.batch_sampler.epoch says."""
     rank, world = processes()
     sampler = IdentitySampler(dataset.train, P=config.identities, K=config.tracklets,
                               steps=config.steps, seed=config.seed, rank=rank, world=world)
@@ -296,7 +308,8 @@ class TrainingState:
         return self.optimizer.param_groups[0]["lr"]
 
     def save(self, run, dataset, epoch):
-        """Everything that going on exactly needs, after `epoch` whole epochs; the log first."""
+        """Writes the log, then last.pt: all that an exact resume needs, after `epoch` whole
+        epochs."""
         checkpoint = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                       "scheduler": self.scheduler.state_dict(), "scaler": self.scaler.state_dict(),
                       "epoch": epoch, "config": asdict(self.config), "classes": dataset.classes,
@@ -312,6 +325,7 @@ class TrainingState:
             if epoch:
                 run.write_log()
             write_atomic(run.file(run.CHECKPOINT), write)
+            run.whole_epochs = epoch
 
     def restore(self, checkpoint, run):
         """-> how many whole epochs are done. Raises UserError."""
@@ -385,8 +399,7 @@ def warm_up_batches(loader, steps):
     """`steps` batches, in as many passes as it takes."""
     for first in range(0, steps, len(loader)):
         loader.batch_sampler.epoch = WARM_UP_EPOCH + first
-        for _, batch in zip(range(steps - first), loader, strict=False):
-            yield batch
+        yield from itertools.islice(loader, steps - first)
 
 
 # ------------------------------------------------------------ memory for time ----
@@ -462,6 +475,7 @@ class EpochMeans:
             self.read(tracklets=len(index))
 
     def read(self, tracklets):
+        """The means over steps and processes, to the bar; stops at one that is not finite."""
         check_parent()
         sums = torch.stack([value.double() for value in self.sums.values()])
         values = (averaged(sums) / self.step).tolist()
@@ -477,8 +491,8 @@ class EpochMeans:
 
     def say_how_long(self):
         """On a CPU a real benchmark takes days: better said at once."""
-        is_real = self.dataset.name != "walkers" and self.device.type == "cpu" and self.rank == 0
-        if is_real and self.epoch == 0:
+        says_it = self.dataset.name != "walkers" and self.device.type == "cpu" and self.rank == 0
+        if says_it and self.epoch == 0:
             hours = (time.time() - self.start) / self.step * self.config.steps / 3600
             tell(f"no CUDA here: about {hours:.2g} hours an epoch on this CPU")
 
@@ -521,7 +535,7 @@ def is_due(epoch, config):
     return epoch == config.epochs or (config.evaluate_every and epoch % config.evaluate_every == 0)
 
 
-def make_up_for_evaluation(model, dataset, config, device, run, epoch):
+def catch_up_evaluation(model, dataset, config, device, run, epoch):
     """A run may have been stopped after its last checkpoint and before the evaluation that was
     due."""
     if run.log and epoch < config.epochs and is_due(epoch, config) and "rank-1" not in run.log[-1]:
@@ -539,22 +553,23 @@ def report(model, dataset, config, device, run, epoch):
         results = {"method": config.method, "dataset": dataset.name, **results,
                    "seconds": round(trained + time.time() - start, 1)}
         write_json(run.file("results.json"), results)
-        drawn = draw_pictures(model, dataset, config, device, run, results, epoch)
+        if run.log:
+            for key in ("rank-1", "mAP"):
+                run.log[-1][key] = {d: r[key] for d, r in results["directions"].items()}
+            run.write_log()
+        drawn = draw_pictures(model, dataset, config, device, run, epoch)
         say(f"\n{table(results)}\nEverything is in {printable(run.path)}{os.sep}{drawn}")
     wait_for_all()
 
 
-def draw_pictures(model, dataset, config, device, run, results, epoch):
-    """-> what to say of the pictures."""
+def draw_pictures(model, dataset, config, device, run, epoch):
+    """Draws what the model sees and how it learned -> the words that say so."""
     words = ""
     if has_silhouettes(model):
         name = f"silhouettes-{epoch}.png"
         write_picture(run.file(name), silhouette_sheet(model, dataset, config, device))
         words += f"; {name} shows what the model sees"
     if run.log:
-        for key in ("rank-1", "mAP"):
-            run.log[-1][key] = {d: r[key] for d, r in results["directions"].items()}
-        run.write_log()
         write_picture(run.file("curves.png"), draw_curves(run.log, f"{config.method} on "
                                                                    f"{dataset.name}"))
         words += "; curves.png how it learned"
@@ -607,7 +622,8 @@ def read_command_line():
         if preset:
             raise UserError("--preset cannot be changed on --resume; name the options to override")
         config = resumed_config(kind, checkpoint, given, resume)
-        resume = resume if os.path.isdir(resume) else os.path.dirname(resume) or "."
+        if not os.path.isdir(resume):    # last.pt itself
+            resume = os.path.dirname(resume) or "."
         run_path = run_path or resume
     else:
         is_real = "data" in given and not is_walkers(given["data"])
@@ -632,7 +648,7 @@ def resumed_config(kind, checkpoint, given, resume):
     if given_optimizer != stored.optimizer:
         raise UserError(f"--optimizer {given_optimizer} cannot go on with the state of "
                         f"{stored.optimizer}; drop it, or begin a new run")
-    # A file that would be written is named by whoever runs this, never by a checkpoint.
+    # --cache is a file that is written: only whoever runs this may name it, never a checkpoint.
     return replace(stored, **{"cache": "", "method": checkpoint["method"], **given})
 
 

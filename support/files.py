@@ -98,16 +98,20 @@ def check_writable(path):
 # ----------------------------------------------------------- a run's folder ----
 
 def try_lock(file):
-    """Locks an open file until it is closed or its process ends -> is it ours?"""
+    """Locks an open file until it is closed or its process ends -> False if another process has
+    it."""
     try:
         if os.name == "nt":
             import msvcrt
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+            # Not flock: loader processes would inherit it, and hold it after a killed run's end.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         return False
+    except OSError:    # a file system without locks: nobody can have one
+        return True
     return True
 
 
@@ -121,9 +125,12 @@ class RunFolder:
     None."""
 
     CONFIG, LOG, CHECKPOINT, LOCK = "config.json", "log.jsonl", "last.pt", "lock"
+    # What write_atomic was writing when a run was killed.
+    LEFTOVER = re.compile(r"(config\.json|log\.jsonl|last\.pt|results\.json|.*\.png)\.\d+\.tmp")
 
     def __init__(self, path, resume=None):
         self.path, self.resume, self.log, self.lock = path, resume, [], None
+        self.whole_epochs = 0    # that the checkpoint holds
 
     def file(self, name):
         return os.path.join(self.path, name)
@@ -144,6 +151,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"{self.path} cannot be used ({error}); choose another --run") from None
         # These alone are left by a run that was stopped before its first checkpoint.
+        names = {name for name in names if not self.LEFTOVER.fullmatch(name)}
         if names - {self.CONFIG, self.LOCK}:
             go_on = ""
             if self.CHECKPOINT in names:
@@ -169,9 +177,12 @@ class RunFolder:
             raise UserError(f"{self.path} belongs to a run that is alive; wait for it, stop it, or "
                             "choose another --run")
         self.check()    # again, now that nobody else can change it
+        for name in os.listdir(self.path):
+            if self.LEFTOVER.fullmatch(name):
+                os.remove(self.file(name))
+        self.whole_epochs = whole_epochs
         if self.is_resumed:
-            self._remove_leftovers()
-            self._read_log(whole_epochs)
+            self._read_log()
 
     def _make_new(self, stem):
         os.makedirs("runs", exist_ok=True)
@@ -184,21 +195,14 @@ class RunFolder:
             except FileExistsError:
                 number += 1
 
-    def _remove_leftovers(self):
-        """What write_atomic was writing when the run was killed: nobody but us writes here now."""
-        ours = r"(config\.json|log\.jsonl|last\.pt|results\.json|.*\.png)\.\d+\.tmp"
-        for name in os.listdir(self.path):
-            if re.fullmatch(ours, name):
-                os.remove(self.file(name))
-
-    def _read_log(self, whole_epochs):
+    def _read_log(self):
         path = self.file(self.LOG)
         if not os.path.exists(path):
             return
         try:
             lines = [json.loads(line) for line in read_lines(path)]
             # A run that was killed between its log and its checkpoint has a line more.
-            self.log = [line for line in lines if line["epoch"] <= whole_epochs]
+            self.log = [line for line in lines if line["epoch"] <= self.whole_epochs]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} has a line that is none ({type(error).__name__}: "
                             f"{in_short(error, 80)}); expected one JSON object an epoch; remove "

@@ -17,7 +17,6 @@ import argparse
 import ctypes
 import difflib
 import importlib
-import math
 import os
 import signal
 import sys
@@ -73,6 +72,9 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{unknown[0]} is not known; {hint}")
         return found
 
+    def print_help(self, file=None):
+        say(self.format_help().rstrip())
+
     def error(self, message):
         raise UserError(message)
 
@@ -123,7 +125,7 @@ def check_ranges(config):
             raise UserError(f"{name} {as_typed(value)[:60]}; expected {len(default)} numbers")
         if least is None:
             continue
-        if not all(math.isfinite(n) and least <= n <= most for n in numbers):
+        if not all(least <= n <= most for n in numbers):    # nor is nan
             raise UserError(f"{name} {as_typed(value)[:60]}; expected {least} to {most}")
 
 
@@ -164,13 +166,20 @@ def load_method(name):
     for where in (root, folder):
         if where not in sys.path:
             sys.path.append(where)
-    module = importlib.import_module(file.removesuffix(".py"))
-    if not os.path.samefile(module.__file__, path):
-        raise UserError(f"--method {name}: another module is called {module.__name__} already "
-                        f"({module.__file__}); give your file another name")
-    if not hasattr(module, class_name):
-        raise UserError(f"--method {name}: {path} has no class {class_name}; check the name")
-    return getattr(module, class_name)
+    module_name = file.removesuffix(".py")
+    if "." in module_name:
+        raise UserError(f"--method {name}: Python cannot import {file}; give it a name of one dot")
+    module = importlib.import_module(module_name)
+    found = getattr(module, "__file__", None)    # none of what is built into Python
+    if not found or not os.path.samefile(found, path):
+        raise UserError(f"--method {name}: another module is called {module_name} already "
+                        f"({found or 'built-in'}); give your file another name")
+    method = getattr(module, class_name, None)
+    if not hasattr(method, "Options"):
+        what = f"no class {class_name}" if method is None else f"{class_name} without Options"
+        raise UserError(f"--method {name}: {path} has {what}; expected a method's class, such as "
+                        "one derived from DinoGRL or LSMRL")
+    return method
 
 
 # ------------------------------------------------------------- terminal ----
@@ -280,7 +289,8 @@ def fill_standard_streams():
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)    # gets the lowest number that is free
+            opened = os.open(os.devnull, os.O_RDWR)    # gets the lowest number that is free
+            os.set_inheritable(opened, True)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")    # a file's name may be no text
 
@@ -293,11 +303,19 @@ def rank_of_process():
 def take_turn():
     """torchrun ends all processes when the first one ends: what all have to say is said once, by
     the first, if the others wait a little."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(2 * rank_of_process())
+
+
+def do_nothing(*arguments):
+    pass
 
 
 def stop_politely(number, frame):
     """SIGTERM, as a job scheduler sends it, is a Ctrl-C."""
+    if hasattr(signal, "SIGCHLD"):
+        # The loader processes got it too, and torch would raise that they have died.
+        signal.signal(signal.SIGCHLD, do_nothing)
     raise KeyboardInterrupt
 
 
@@ -305,8 +323,8 @@ def what_went_wrong(error):
     """An exception -> the line that a user can act on, or None if it is a fault of ours."""
     words = in_short(error, 300)
     if isinstance(error, UserError):
-        # A loader's process hands its exception on as a whole traceback, whose last line it is.
-        return str(error).strip().splitlines()[-1].split("UserError: ")[-1]
+        # A loader's process hands its exception on as a whole traceback, which ends with it.
+        return str(error).split(f"{UserError.__module__}.UserError: ", 1)[-1].strip()
     too_many = "Too many open files" in words or "received 0 items of ancdata" in words
     if too_many:
         return "too many open files; raise the limit (ulimit -n) or lower --workers"
@@ -337,6 +355,8 @@ def cli(main):
         line = what_went_wrong(error)
         if line is None:
             raise
+        # What is torn down halfway complains of that, after the reason has been given.
+        sys.unraisablehook = do_nothing
         take_turn()
         tell("error: " + printable(line))
         sys.exit(2)

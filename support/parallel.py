@@ -191,6 +191,8 @@ def collect_in_first(rows, device):
     rank, world = processes()
     if world == 1:
         return [rows]
+    wait_for_all()    # embedding a benchmark takes a while, and not the same while for all
+    wait_for_all()    # they read their tracklets at different speeds
     rows = rows.to(device)
     everyone = [torch.empty_like(rows) for _ in range(world)] if rank == 0 else None
     dist.gather(rows, everyone)

@@ -80,8 +80,8 @@ def matches(query, gallery, rows):
 
 
 def ranks_of_hits(distance, match, valid):
-    """distance (Q, G); match, valid (Q, G) bool, see matches -> at which ranks a query's person is
-    found, (Q, M), ascending, and how many of these are hits, (Q,); the others mean nothing.
+    """distance (Q, G); match, valid (Q, G) bool, see matches -> ranks (Q, M) of each query's hits,
+    ascending, padded, and number (Q,): how many of a row are real.
 
     M: the largest number of a query's matches, at least 1. Before a hit come all wrong ones that
     are as near or nearer, for a tie counts against the query, and the hits before it. So only
@@ -96,6 +96,8 @@ def ranks_of_hits(distance, match, valid):
     # that do not count.
     own, column = torch.where(match, distance, torch.inf).topk(M, largest=False)
     hits = own.masked_fill(~valid.gather(1, column), torch.inf).sort(1).values    # (Q, M)
+    # Wrong ones as near or nearer = all, less the person's own (those that do not count too); then
+    # comes this hit's own place among the hits.
     all_before = torch.searchsorted(everyone, hits, right=True)
     own_before = torch.searchsorted(own, hits, right=True)
     ranks = all_before - own_before + torch.arange(1, M + 1, device=distance.device)
@@ -103,7 +105,7 @@ def ranks_of_hits(distance, match, valid):
 
 
 def scores_of_ranks(ranks, number):
-    """ranks (Q, M) of each query's hits, the first `number` (Q,) of which are some -> rank of the
+    """ranks (Q, M) of each query's hits, number (Q,): how many of a row are real -> rank of the
     first hit, AP and INP, (3, Q); NaN for a query without a hit."""
     order = torch.arange(1, ranks.shape[1] + 1, device=ranks.device)
     is_hit = order <= number[:, None]
@@ -129,8 +131,9 @@ def score(distance_of, query, gallery, block=512):
             raise UserError("the distances are not finite; the model's embeddings hold NaN or "
                             "infinity: train with a lower --lr or with --precision float32")
         match, valid = matches(query, gallery, rows)
-        ranks = ranks_of_hits(distance, match.to(distance.device), valid.to(distance.device))
-        blocks.append(scores_of_ranks(*ranks).cpu())
+        ranks, number = ranks_of_hits(distance, match.to(distance.device),
+                                      valid.to(distance.device))
+        blocks.append(scores_of_ranks(ranks, number).cpu())
     first, ap, inp = torch.cat(blocks, dim=1).double()    # (Q,) each
     kept = ~first.isnan()
     if not kept.any():
@@ -142,7 +145,8 @@ def score(distance_of, query, gallery, block=512):
 
 
 def metrics(distance, query_pid, gallery_pid, query_camera=None, gallery_camera=None):
-    """distance (Q, G) -> results, see score. With cameras given, gallery tracklets of the query's
+    """score for a whole matrix and plain lists, for use from outside: distance (Q, G) -> results.
+    With cameras given, gallery tracklets of the query's
     pid and camera are ignored. Raises UserError if nothing can be ranked."""
     query_pid, gallery_pid = as_integers(query_pid, gallery_pid)
     if query_camera is not None:
@@ -176,9 +180,9 @@ def rerank(distance, Q, k1=20, k2=6, weight=0.3):
 
 
 def are_reciprocal(neighbours, k):
-    """neighbours (N, K), each row's own nearest -> (N, k) bool: is i among the k nearest of its own
-    a-th nearest? The paper's R(i, k) are those of whom this is true."""
-    theirs = neighbours[:, :k][neighbours[:, :k]]    # (N, k, k)
+    """neighbours (N, K), each row's own nearest -> (N, k) bool, [i, a]: is i among the k nearest of
+    its a-th neighbour? The paper's R(i, k) are the neighbours of whom this is true."""
+    theirs = neighbours[:, :k][neighbours[:, :k]]    # (N, k, k): of each neighbour, the k nearest
     me = torch.arange(len(neighbours), device=neighbours.device)
     return (theirs == me[:, None, None]).any(2)
 
@@ -194,14 +198,14 @@ def expanded_sets(neighbours, k1):
     pairs = []
     for rows in torch.arange(N, device=device).split(256):
         mine = neighbours[rows, :k]    # (b, k)
-        member = torch.zeros(len(rows), N, dtype=torch.bool, device=device)
-        member.scatter_(1, mine, in_R[rows])
+        is_member = torch.zeros(len(rows), N, dtype=torch.bool, device=device)
+        is_member.scatter_(1, mine, in_R[rows])    # R; below it grows to R*
         theirs, is_theirs = neighbours[mine, :half], in_R_half[mine]    # (b, k, half)
-        is_common = member.gather(1, theirs.flatten(1)).view_as(theirs) & is_theirs
+        is_common = is_member.gather(1, theirs.flatten(1)).view_as(theirs) & is_theirs
         overlaps = is_common.sum(2) > 2 / 3 * is_theirs.sum(2)    # (b, k)
         joins = (in_R[rows] & overlaps)[:, :, None] & is_theirs
-        member[joins.nonzero()[:, 0], theirs[joins]] = True
-        row, column = member.nonzero(as_tuple=True)
+        is_member[joins.nonzero()[:, 0], theirs[joins]] = True
+        row, column = is_member.nonzero(as_tuple=True)
         pairs.append(torch.stack([rows[row], column]))
     return torch.cat(pairs, dim=1)
 
@@ -258,8 +262,9 @@ def jaccard_distances(V, Q):
         last = min(first + 64, Q)
         begin, end = torch.searchsorted(row, torch.tensor([first, last], device=V.device)).tolist()
         mine = column[begin:end]
-        query_entry = begin + torch.repeat_interleave(size[mine])    # (pairs,)
-        gallery_entry = ranges(start[mine], size[mine])              # (pairs,)
+        # Each entry of the block as often as the gallery has entries in its column: (pairs,).
+        query_entry = begin + torch.repeat_interleave(size[mine])
+        gallery_entry = ranges(start[mine], size[mine])
         smaller = torch.minimum(value[query_entry], gallery_value[gallery_entry])
         place = (row[query_entry] - first) * G + gallery_row[gallery_entry]
         minima = torch.zeros(last - first, G, device=V.device)
@@ -298,7 +303,7 @@ def nearest(query, piece, G, top, rows=1024):
 # -------------------------------------------------------------- FILE.npz ----
 
 EMBEDDING = np.dtype("<f4")
-# How the names of numpy's types begin, and axes beside the first: N tracklets, or 1.
+# name: (how its type's name begins in numpy, number of axes after the first).
 TEXT, WHOLE_NUMBERS = ("<U",), ("<i", "<u", "|i", "|u")
 COLUMNS = {"name": (TEXT, 0), "pid": (WHOLE_NUMBERS, 0), "camera": (TEXT, 0),
            "modality": (TEXT, 0), "frame": (TEXT, 0), "shown": (TEXT, 1)}
@@ -416,9 +421,10 @@ class StoredGallery:
 
 
 def write_gallery(file, columns, embeddings):
-    """columns: {name, pid, camera, modality, frame (the first), shown (some, for pictures): a list
-    with an item for each tracklet; model, setting: a list of one}; embeddings: each tracklet's
-    (parts, dim), one after the other -> an open FILE.npz. One embedding at a time is in memory."""
+    """Writes a FILE.npz into an open binary file. columns: {name, pid, camera, modality, frame (the
+    first), shown (some, for pictures): a list with an item for each tracklet; model, setting: a
+    list of one}; embeddings: each tracklet's (parts, dim), one after the other; one at a time is in
+    memory."""
     N = len(columns["name"])
     with zipfile.ZipFile(file, "w") as archive:    # stored, not compressed: it is read in place
         with archive.open("embedding.npy", "w", force_zip64=True) as member:

@@ -19,7 +19,8 @@ def literal_enhance(module, query, source):
 
 
 def literal_pbmge(module, gait, appearance):
-    gaits, appearances, first = list(gait.unbind(1)), list(appearance.unbind(1)), 1
+    gaits, appearances = list(gait.unbind(1)), list(appearance.unbind(1))
+    first = 1
     for n in module.strips[1:]:
         x, y = gait[:, 0], appearance[:, 0]
         for i in range(first, first + n):
