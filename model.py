@@ -27,8 +27,8 @@ import os
 from dataclasses import dataclass
 
 from pbmge import PBMGE
-from sasgl import PATCH, SASGL
-from support.dinov2 import load_dinov2
+from sasgl import SASGL
+from support.dinov2 import PATCH, load_dinov2
 from support.files import UserError
 from support.options import option
 from support.parallel import gathered
@@ -108,7 +108,7 @@ class Options:
     """DinoGRL's own choices (train.Config has those that every method has)."""
     dinov2: str = option(
         "dinov2_vits14",
-        "which DINOv2; vitb14 is slower and needs a new run; tiny is random, for trying out")
+        "which DINOv2; vitb14 is slower and needs a new run; tiny is small, for trying out")
     dinov2_weights: str = option("", "local file of DINOv2's tensors, instead of the download")
     resnet_weights: str = option(
         "imagenet", "imagenet (download), a local file, or random (much worse)")
@@ -129,7 +129,7 @@ class Options:
         "rows of the maps")
     width: int = option(
         64, "channels of both ResNets after the stem; 64 is ResNet-50", least=1, most=512)
-    blocks: tuple = option((3, 4, 6, 3), "blocks of their four layers", least=1, most=100)
+    blocks: tuple = option((3, 4, 6, 3), "blocks of their four layers", least=0, most=100)
     strides: tuple = option(
         (1, 2, 2, 1), "strides of the appearance ResNet's four layers", least=1, most=4)
     gait_strides: tuple = option(
@@ -192,14 +192,15 @@ class DinoGRL(nn.Module):
 
         self.visible_stem, self.infrared_stem = Stem(width), Stem(width)
         self.backbone = Stages(width=width, blocks=blocks, strides=config.strides)
-        self.appearance_parts = Parts(channels=32 * width, dim=dim, strips=strips)
+        channels = self.backbone.out_channels    # 2048
+        self.appearance_parts = Parts(channels=channels, dim=dim, strips=strips)
         self.appearance_head = Head(parts=parts, dim=dim, classes=classes)
         self.sasgl = self.pbmge = None
         if config.gait:
             stages = Stages(width=width, blocks=blocks, strides=config.gait_strides)
             self.sasgl = SASGL(dinov2=dinov2, backbone=stages, width=width,
                                dino_size=config.dino_size, code_size=config.code_size)
-            self.gait_parts = Parts(channels=32 * width, dim=dim, strips=strips)
+            self.gait_parts = Parts(channels=channels, dim=dim, strips=strips)
             self.gait_head = Head(parts=parts, dim=dim, classes=classes)
         if config.gait and config.pbmge:
             self.pbmge = PBMGE(dim=dim, strips=strips)

@@ -36,13 +36,13 @@ batch without two foreground pixels gives empty codes instead of an error.
 import math
 from typing import NamedTuple
 
+from support.dinov2 import PATCH, levels_of
 from support.resnet import BasicBlock
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-PATCH = 14    # DINOv2's
 SOBEL = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
 
 
@@ -222,7 +222,7 @@ class SASGL(nn.Module):
         super().__init__()
         self.dino_size, self.code_size, self.channels = dino_size, code_size, channels
         self.dinov2 = dinov2
-        self.blocks = [dinov2.n_blocks * k // 4 - 1 for k in (1, 2, 3, 4)]    # 1/4, 2/4, 3/4, 4/4
+        self.blocks = levels_of(dinov2)
         self.mask_branch = MaskBranch(dinov2.embed_dim)
         self.denoising_branch = DenoisingBranch(4 * dinov2.embed_dim, channels)
         self.appearance_branch = AppearanceBranch(4 * dinov2.embed_dim, channels)

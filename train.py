@@ -318,8 +318,9 @@ class TrainingState:
         def write(file):
             try:
                 torch.save(checkpoint, file)
-            except RuntimeError as error:    # what torch makes of a full disk
-                raise OSError(error) from None
+            except RuntimeError as error:
+                # What torch makes of what really happened: a full disk, or Ctrl-C.
+                raise error.__context__ or OSError(error) from None
 
         if processes()[0] == 0:
             if epoch:
@@ -556,8 +557,9 @@ def report(model, dataset, config, device, run, epoch):
         if run.log:
             for key in ("rank-1", "mAP"):
                 run.log[-1][key] = {d: r[key] for d, r in results["directions"].items()}
-            run.write_log()
         drawn = draw_pictures(model, dataset, config, device, run, epoch)
+        if run.log:
+            run.write_log()    # last: what the log holds is not caught up on
         say(f"\n{table(results)}\nEverything is in {printable(run.path)}{os.sep}{drawn}")
     wait_for_all()
 

@@ -9,8 +9,9 @@ Quick question: why does a change of 0.1 stand in the interpolation of the posit
 code adds it so that rounding never gives one row too few. It shifts the grid a little, and the
 network was evaluated so everywhere: leave it out and every token differs.)
 
-Ours, not the paper's: TokenLinear, the same product called in another way; `tiny`, which is random.
+Ours, not the paper's: TokenLinear, the same product called in another way; the two tiny ones.
 """
+import os
 import re
 import warnings
 
@@ -22,12 +23,16 @@ import torch.nn.functional as F
 from torch import nn
 
 PATCH = 14
-# name: (width D, blocks, heads, register tokens). `tiny` is random, for the offline demo and tests.
+# name: (width D, blocks, heads, register tokens). The tiny ones are for the offline demo and tests:
+# `tiny` distilled from DINOv2 by support/priors.py, `tiny-random` as it says.
 DINOV2 = {"dinov2_vits14": (384, 12, 6, 0), "dinov2_vits14_reg": (384, 12, 6, 4),
           "dinov2_vitb14": (768, 12, 12, 0), "dinov2_vitb14_reg": (768, 12, 12, 4),
           "dinov2_vitl14": (1024, 24, 16, 0), "dinov2_vitl14_reg": (1024, 24, 16, 4),
-          "tiny": (32, 4, 1, 0)}
-TINY_SEED = 1002
+          "tiny": (32, 4, 1, 0), "tiny-random": (32, 4, 1, 0)}
+TINY, RANDOM = "tiny", "tiny-random"
+TINY_FILE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets",
+                         "tiny_dinov2.pt")
+RANDOM_SEED = 1002
 # Pinned: the code that will run.
 DINOV2_HUB = "facebookresearch/dinov2:b8931f7bf91576930313be2c6d6af376033b35f0"
 
@@ -188,28 +193,35 @@ def with_official_names(tensors):
     return official
 
 
+def levels_of(dinov2):
+    """The blocks whose tokens SASGL reads: 1/4, 2/4, 3/4, 4/4 of them."""
+    return [dinov2.n_blocks * k // 4 - 1 for k in (1, 2, 3, 4)]
+
+
 def load_dinov2(name, weights=None, pretrained=True):
     """The frozen DINOv2 of that name, in eval mode.
 
-    By default its tensors come from torch.hub, downloaded once and cached; weights: from a local
-    file, with the official names or Hugging Face's; pretrained=False: random, to be filled by a
-    checkpoint. `tiny` is always random. Raises UserError where nothing can be had."""
+    By default its tensors come from torch.hub, downloaded once and cached; `tiny` lies in assets/.
+    weights: from a local file, with the official names or Hugging Face's; pretrained=False: random,
+    to be filled by a checkpoint. Raises UserError where nothing can be had."""
     if name not in DINOV2:
         raise UserError(f"--dinov2 {name} is not known; expected one of {', '.join(DINOV2)}")
-    if name == "tiny" and weights:
-        raise UserError("--dinov2 tiny is random and reads no weights; drop --dinov2-weights, or "
-                        "name the model the file belongs to, such as --dinov2 dinov2_vits14")
+    if name in (TINY, RANDOM) and weights:
+        raise UserError(f"--dinov2 {name} reads no weights; drop --dinov2-weights, or name the "
+                        "model the file belongs to, such as --dinov2 dinov2_vits14")
     dim, depth, heads, registers = DINOV2[name]
     with torch.random.fork_rng(devices=[]):
-        # `tiny` is the same network in every run, as a pre-trained one would be. The CPU's
+        # `tiny-random` is the same network in every run, as a pre-trained one would be. The CPU's
         # generator alone: nobody would set the GPUs' back.
-        torch.default_generator.manual_seed(TINY_SEED)
+        torch.default_generator.manual_seed(RANDOM_SEED)
         dinov2 = DinoVisionTransformer(dim=dim, depth=depth, heads=heads, registers=registers)
-    if pretrained and weights:
-        tensors = with_official_names(named_tensors(read_tensors(weights), weights))
-        load_strictly(dinov2, tensors, f"{weights} (as {name})")
-    elif pretrained and name != "tiny":
-        load_strictly(dinov2, fetch_official(name), f"torch.hub's {name}")
+    if pretrained and name != RANDOM:
+        file = TINY_FILE if name == TINY else weights
+        if file:
+            tensors = with_official_names(named_tensors(read_tensors(file), file))
+        else:
+            tensors = fetch_official(name)
+        load_strictly(dinov2, tensors, f"{file or 'torch.hub'} (as {name})")
     return dinov2.requires_grad_(False).eval()
 
 

@@ -115,17 +115,18 @@ def check_ranges(config):
         name = option_name(f.name)
         whole_for_float = type(default) is float and type(value) is int
         if type(value) is not type(default) and not whole_for_float:
-            raise UserError(f"{name} is {value!r:.60}; expected {type(default).__name__}, "
-                            f"as in {default!r}")
+            raise UserError(f"{name} is {in_short(repr(value), 60)}; expected "
+                            f"{type(default).__name__}, as in {default!r}")
         numbers = value if isinstance(value, tuple) else (value,)
         if isinstance(value, tuple) and not all(type(n) is int for n in numbers):
-            raise UserError(f"{name} {value!r:.60}; expected whole numbers")
+            raise UserError(f"{name} {in_short(repr(value), 60)}; expected whole numbers")
         least, most = f.metadata["least"], f.metadata["most"]
         if isinstance(value, tuple) and least is not None and len(value) != len(default):
             raise UserError(f"{name} {as_typed(value)[:60]}; expected {len(default)} numbers")
         if least is None:
             continue
-        if not all(least <= n <= most for n in numbers):    # nor is nan
+        # Of a nan neither is true.
+        if not all(least <= n <= most for n in numbers):
             raise UserError(f"{name} {as_typed(value)[:60]}; expected {least} to {most}")
 
 

@@ -77,8 +77,9 @@ class Stem(nn.Module):
 
 
 class Stages(nn.Module):
-    """layer1..layer4: (N, width, H, W) -> (N, 32 * width, h, w). blocks, strides: of each layer;
-    (3, 4, 6, 3) and (1, 2, 2, 1) with width 64 are ResNet-50 with last stride 1."""
+    """layer1..layer4: (N, width, H, W) -> (N, out_channels, h, w). blocks, strides: of each layer;
+    (3, 4, 6, 3) and (1, 2, 2, 1) with width 64 are ResNet-50 with last stride 1, 2048 channels. A
+    layer of no blocks passes on what it gets."""
 
     def __init__(self, *, width, blocks, strides):
         super().__init__()
@@ -89,6 +90,7 @@ class Stages(nn.Module):
                 layer.append(Bottleneck(channels, width * 2 ** i, stride if j == 0 else 1))
                 channels = 4 * width * 2 ** i
             setattr(self, f"layer{i + 1}", nn.Sequential(*layer))
+        self.out_channels = channels
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

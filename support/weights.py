@@ -11,6 +11,7 @@ random. The network runs, the loss falls, and the figures are a little worse: no
 
 Ours, not the papers': all of it.
 """
+import math
 import os
 
 from support.files import UserError, in_short
@@ -44,20 +45,22 @@ def named_tensors(tensors, what):
 def is_plain(tensor):
     """Are its numbers there, each at a place of its own? A file may hold sparse tensors, tensors
     without contents, and one number that claims to be a million."""
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+    if tensor.is_nested or tensor.layout != torch.strided:
+        return False
+    if tensor.is_meta or tensor.is_quantized:
         return False
     return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
 def misfit(tensor, wanted):
     """Why `tensor` cannot take the place of `wanted` (which may be on the meta device), or None."""
+    if not is_plain(tensor):
+        return "is no plain tensor (sparse, expanded or without contents)"
     if tensor.shape != wanted.shape:
         return f"is {tuple(tensor.shape)}, expected {tuple(wanted.shape)}"
     both_real = tensor.is_floating_point() and wanted.is_floating_point()
     if tensor.dtype != wanted.dtype and not both_real:
         return f"is {tensor.dtype}, expected {wanted.dtype}"
-    if not is_plain(tensor):
-        return "is no plain tensor (sparse, expanded or without contents)"
     return None
 
 
@@ -110,10 +113,11 @@ def read_checkpoint(path):
                         f"{', '.join(sorted(kinds))}; the authors' files go by --official DIR")
     for key, kind in kinds.items():
         if not isinstance(checkpoint[key], kind):
-            raise UserError(f"{path}: {key} is {checkpoint[key]!r:.60}; expected {kind.__name__}, "
-                            "as train.py writes it")
-    classes = checkpoint["classes"]
-    if not all(isinstance(name, str) for name in checkpoint["config"]) or checkpoint["epoch"] < 0:
+            found = in_short(repr(checkpoint[key]), 60)
+            raise UserError(f"{path}: {key} is {found}; expected {kind.__name__}, as train.py "
+                            "writes it")
+    classes, epoch = checkpoint["classes"], checkpoint["epoch"]
+    if not all(isinstance(name, str) for name in checkpoint["config"]) or not 0 <= epoch <= 10 ** 6:
         raise UserError(f"{path} has an unusable config or epoch; expected last.pt as train.py "
                         "wrote it")
     if not classes or not all(type(pid) is int for pid in classes):
@@ -143,14 +147,35 @@ def rebuild(method, config, checkpoint, path):
     return model
 
 
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}    # what Adam and AdamW keep of a parameter
+CHOSEN = {"lr", "initial_lr", "weight_decay", "fused"}    # by the configuration and the device
+
+
 def check_optimizer_state(optimizer, state):
     """Raises ValueError unless `state` could be this optimizer's: torch itself does not look."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, values in state["state"].items():
+        if index not in range(len(parameters)) or values.keys() != MOMENTS:
+            raise ValueError(f"the state of parameter {index!r} is none of Adam's")
         for name, value in values.items():
             expected = torch.zeros(()) if name == "step" else parameters[index]
             if not torch.is_tensor(value) or misfit(value, expected):
                 raise ValueError(f"{name} of parameter {index} is no tensor of its shape")
-    for group in state["param_groups"]:
-        if not all(type(group[name]) in (int, float) for name in ("lr", "weight_decay", "eps")):
-            raise ValueError("lr, weight_decay or eps is no number")
+        if not 1 <= values["step"] < math.inf:
+            raise ValueError(f"parameter {index} is at step {values['step']}")
+    groups = optimizer.state_dict()["param_groups"]
+    for group, own in zip(state["param_groups"], groups, strict=True):
+        for name in ("lr", "weight_decay"):
+            if type(group[name]) not in (int, float) or not math.isfinite(group[name]):
+                raise ValueError(f"{name} is {in_short(repr(group[name]), 40)}")
+        other = [name for name in own.keys() & group.keys() if group[name] != own[name]]
+        if not CHOSEN.issuperset(other) or "params" not in group:
+            raise ValueError(f"{', '.join(sorted(other)) or 'params'} is not this run's")
+
+
+def check_scale(state):
+    """Raises ValueError unless `state` could be that of float16's loss scaling."""
+    if not all(type(number) in (int, float) for number in state.values()):
+        raise ValueError("the scale of float16 is no number")
+    if not all(0 <= number < math.inf for number in state.values()) or state["scale"] == 0:
+        raise ValueError(f"the scale of float16 is {state['scale']}")

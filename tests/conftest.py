@@ -19,11 +19,11 @@ def leave_little(tmp_path_factory):
     """What fixtures share is removed when all is done; pytest keeps what a test wrote that
     failed."""
     yield
-    for folder in tmp_path_factory.getbasetemp().iterdir():
-        if folder.is_symlink():    # pytest's own, to a folder that goes
-            folder.unlink()
-        elif not folder.name.startswith("test_"):
-            shutil.rmtree(folder)
+    for entry in tmp_path_factory.getbasetemp().iterdir():
+        if entry.is_symlink():    # pytest's own, to a folder that goes
+            entry.unlink()
+        elif entry.is_dir() and not entry.name.startswith("test_"):
+            shutil.rmtree(entry)
 
 
 @pytest.fixture(scope="session")

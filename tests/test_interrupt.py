@@ -18,7 +18,7 @@ import torch
 
 # Two evaluations; loader processes change nothing.
 LONGER = [*TINY_LSMRL, "--epochs", "4", "--steps", "3", "--evaluate-every", "2"]
-DINOGRL = [*TINY, "--epochs", "2"]
+DINOGRL = [*TINY, "--epochs", "2", "--dino-size", "112", "56"]
 DRIVER = '''
 """Does jobs, a line of JSON on stdin each, in processes that are forked: torch is imported once.
 
@@ -35,6 +35,8 @@ import evaluate
 import support.files
 import train
 from support.options import cli
+
+import torch._dynamo    # torch's optimizers import it: three seconds
 
 requests = open(0, "rb", buffering=0, closefd=False)    # the lines that a job reads are left there
 answers = os.dup(1)
@@ -258,8 +260,8 @@ KILLS = [
     ({"at": "evaluation", "number": 1}, 2),
     # The evaluation is made up for, and killed again.
     ({"at": "pictures", "number": 1}, 2),
-    ({"at": "byte", "file": "log.jsonl", "number": 1, "byte": 10}, 2),
     ({"at": "byte", "file": "curves.png", "number": 1, "byte": 10}, 2),
+    ({"at": "byte", "file": "log.jsonl", "number": 1, "byte": 10}, 2),
     # The third epoch, the fourth and its evaluation.
     ({"at": "replace", "file": "last.pt", "number": 2}, 3),
     ({"at": "byte", "file": "results.json", "number": 1, "byte": 10}, 4)]

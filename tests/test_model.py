@@ -22,7 +22,7 @@ import pytest
 import torch
 
 SMALL = Options(width=8, blocks=(1, 1, 1, 1), strides=(1, 1, 1, 1), gait_strides=(1, 1, 1, 1),
-                dim=16, dino_size=(224, 112), code_size=(16, 8), dinov2="tiny",
+                dim=16, dino_size=(224, 112), code_size=(16, 8), dinov2="tiny-random",
                 resnet_weights="random")
 BATCH = {"modality": torch.tensor([0, 0, 1, 1]), "label": torch.tensor([0, 1, 0, 1])}
 
@@ -222,7 +222,7 @@ def test_resnet50_has_torchvision_s_tensors(tmp_path):
     stages = Stages(width=64, blocks=(3, 4, 6, 3), strides=(1, 2, 2, 1))
     assert len(stages.state_dict()) + 6 + 2 == len(tensors) == 320    # + conv1 and bn1, fc
     path = saved(tensors, tmp_path / "resnet50.pth")
-    model = DinoGRL(Options(dinov2="tiny", dim=8, resnet_weights=path), 2)
+    model = DinoGRL(Options(dinov2="tiny-random", dim=8, resnet_weights=path), 2)
     for module in (model.backbone, model.sasgl.gait_net.backbone):
         assert torch.equal(module.layer3[5].conv2.weight, tensors["layer3.5.conv2.weight"])
     for stem in (model.visible_stem, model.infrared_stem):
@@ -269,7 +269,7 @@ def test_a_trained_mask_branch_spares_the_warm_up(tmp_path):
     assert small_model(mask_warmup=7).warm_up_steps == 7
     assert small_model(mask_warmup=7, gait=False).warm_up_steps == 0
     torch.manual_seed(3)
-    trained = MaskBranch(32)    # tiny's width
+    trained = MaskBranch(32)    # tiny-random's width
     path = saved({"model": trained.state_dict()}, tmp_path / "mask.pt")
     model = small_model(mask_warmup=7, mask_branch=path)
     assert model.warm_up_steps == 0

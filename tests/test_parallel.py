@@ -1,115 +1,295 @@
-"""Several processes (torchrun, gloo): the loss and the gradients of one process on the same batch; a run of two is saved, resumed, evaluated."""
+"""Several processes (torchrun, gloo): the loss and the gradients of one process on the same batch;
+a run of two is saved, resumed, evaluated; whoever dies takes the others along."""
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
 
 import pytest
+import train
+from data import INFRARED, VISIBLE, IdentitySampler, Tracklet
+from scripts import HOUR, ROOT, TINY, fails, here, results_of, same_bits, succeeds, tensors_of
+from support import options, parallel
+from support.files import UserError
+from support.options import cli
+from support.parallel import check_parent, join, processes, shared, wait_for_all
+
 import torch
+import torch.distributed as dist
 
-from data import IdentitySampler, Tracklet
-from test_scripts import ROOT, TINY, fails, here, run, same_bits, tensors_of
+SMALLER = ["--dino-size", "112", "56"]
 
-# Run by one process or by two: writes the losses and gradients of one training step on the same 4 identities.
-STEP = """
-import sys
-import torch
-from torch.nn.parallel import DistributedDataParallel
-import lsmrl, model, train
-from data import cli, processes
-from evaluate import choose_device
-from sasgl import foreground_statistics
 
-torch.Tensor.float = torch.Tensor.double    # in float32 the gradients of PBMGE's scalars, large ones that cancel, are half rounding
-torch.set_default_dtype(torch.float64)
-choose_device("cpu")
-torch.set_num_threads(1)
-rank, world = processes()
-results = {}
-for method, module in ("lsmrl", lsmrl), ("dinogrl", model):
-    options = train.config_of(method)
-    small = dict(options.small, width=8, dim=8, dino_size=(112, 56), code_size=(16, 8), gait_strides=(1, 1, 1, 1)) if method == "dinogrl" else options.small
+def torchrun(function, *arguments):
+    """A function of this file, in two processes -> torchrun's Popen, whose pipes they hold too."""
+    code = f"import sys, test_parallel; test_parallel.{function}(*sys.argv[1:])"
+    program = Path(arguments[0]) / f"{function}.py"
+    program.write_text(code)
+    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--", program]
+    return subprocess.Popen([*command, *map(str, arguments)], cwd=ROOT, text=True,
+                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path})
+
+
+def train_with(words):
+    sys.argv = ["train.py", *words]
+    train.main()
+
+
+# ------------------------------------------------------ one step of one batch ----
+
+def small_model(name):
+    method, kind = train.config_class(name)
+    small = dict(method.Options.small)
+    if name == "dinogrl":
+        small |= {"width": 8, "dim": 8, "dino_size": (112, 56), "code_size": (16, 8),
+                  "gait_strides": (1, 1, 1, 1)}
     torch.manual_seed(0)
-    net = module.build(options(**small), 6).train()
-    for name, part in net.named_children():
-        if method == "dinogrl" and not name.endswith("head"):
-            part.eval()    # on a CPU each process has batch norms and dropout of its own
+    model = method(kind(**small), 6).train()
+    for child, part in model.named_children():
+        if name == "dinogrl" and not child.endswith("head"):
+            # On a CPU each process has batch norms and dropout of its own.
+            part.eval()
+    return model
+
+
+def step(name):
+    """A training step on four identities, all of them or this process's -> its losses and
+    gradients."""
+    rank, world = processes()
+    model = small_model(name)
     generator = torch.Generator().manual_seed(1)
-    for name, parameter in net.named_parameters():    # what starts at zero would hide its gradient's way
+    for parameter in model.parameters():
+        # What starts at zero would hide its gradient's way.
         parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
     frames = torch.randn(16, 2, 3, 64, 32, generator=generator)
-    label = torch.tensor([0, 0, 1, 1, 3, 3, 5, 5]).repeat(2)    # the visible ones first
-    modality = torch.arange(16) // 8
-    mine = torch.isin(label, torch.tensor([[0, 1, 3, 5], [0, 3]][world - 1] if rank == 0 else [1, 5]))
-    parallel = DistributedDataParallel(net, find_unused_parameters=True) if world > 1 else net
-    losses, shown = parallel(frames[mine], modality[mine], label[mine])
+    label = torch.tensor([0, 0, 1, 1, 3, 3, 5, 5]).repeat(2)
+    modality = torch.arange(16) // 8    # the visible ones first
+    shares = [[0, 1, 3, 5]] if world == 1 else [[0, 3], [1, 5]]
+    mine = torch.isin(label, torch.tensor(shares[rank]))
+    data_parallel = shared(model, torch.device("cpu"))
+    losses, shown = data_parallel(frames[mine], modality[mine], label[mine])
     sum(losses.values()).backward()
-    results[method] = {"losses": {k: v.detach() for k, v in losses.items()}, "shown": shown,
-                       "gradients": {k: p.grad for k, p in net.named_parameters() if p.grad is not None}}
-maps, foreground = torch.randn(4, 4, 2, 5) + 10 * torch.arange(4)[:, None, None, None], torch.rand(4, 8, 4) < torch.arange(1, 5)[:, None, None] / 5
-results["statistics"] = foreground_statistics(maps[rank::world], foreground[rank::world])
-torch.save(results, f"{sys.argv[1]}-{world}-{rank}.pt")
-cli(lambda: None)
-"""
+    gradients = {key: parameter.grad for key, parameter in model.named_parameters()
+                 if parameter.grad is not None}
+    return {"losses": {key: loss.detach() for key, loss in losses.items()}, "shown": shown,
+            "gradients": gradients}
 
 
-def torchrun(*command):
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--", *map(str, command)], cwd=ROOT, capture_output=True,
-                          text=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, stdin=subprocess.DEVNULL)
+def steps():
+    """One of each method, in float64: in float32 the gradients of PBMGE's scalars, large ones that
+    cancel, are half rounding."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        torch.set_default_dtype(torch.float64)
+        try:
+            return {name: step(name) for name in ("lsmrl", "dinogrl")}
+        finally:
+            torch.set_default_dtype(torch.float32)
 
 
-def test_two_processes_have_the_loss_and_the_gradients_of_one(tmp_path):
-    (tmp_path / "step.py").write_text(STEP)
-    result = torchrun(tmp_path / "step.py", tmp_path / "step")
-    assert result.returncode == 0, result.stderr
-    assert run(tmp_path / "step.py", tmp_path / "step", env={"PYTHONPATH": str(ROOT)}).returncode == 0
-    one, first, second = (torch.load(tmp_path / f"step-{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
-    for statistics in zip(one.pop("statistics"), first.pop("statistics"), second.pop("statistics")):
-        for found in statistics[1:]:
-            torch.testing.assert_close(found, statistics[0])
+# ------------------------------------------------------- what two processes do ----
+
+def everything(folder, commands):
+    """In each of two processes: the steps, the runs of which the last one is refused."""
+    def main():
+        join("cpu")
+        torch.save(steps(), Path(folder) / f"steps-{processes()[0]}.pt")
+        train.leave = stay
+        for words in json.loads(commands):
+            train_with(words)
+
+    if options.rank_of_process() == 1:
+        options.take_turn = wait_for_the_end
+    cli(main)
+
+
+def stay():
+    """In place of leave: the next run is these processes' too."""
+
+
+def wait_for_the_end():
+    """What all have to say is said by the first: torchrun ends the other meanwhile."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pause()
+
+
+@pytest.fixture(scope="module")
+def two(walkers, tmp_path_factory):
+    """What two processes have left: their folder, stdout and stderr."""
+    folder = tmp_path_factory.mktemp("two")
+    new = ["--data", str(walkers), *TINY, *SMALLER]
+    whole, parts = str(folder / "whole"), str(folder / "parts")
+    commands = [[*new, "--run", whole, "--epochs", "2"], [*new, "--run", parts],
+                ["--resume", parts, "--epochs", "2"],
+                ["--data", str(folder / "nowhere"), "--run", str(folder / "refused")]]
+    process = torchrun("everything", folder, json.dumps(commands))
+    out, err = process.communicate(timeout=HOUR)
+    assert process.returncode == 1 and (folder / "steps-1.pt").exists(), err
+    return folder, out, err
+
+
+def test_two_processes_have_the_loss_and_the_gradients_of_one(two):
+    folder = two[0]
+    one = steps()
+    first, second = (torch.load(folder / f"steps-{rank}.pt", weights_only=True) for rank in (0, 1))
+    # Means over a process's own frames: their mean is the whole's.
+    local = ("mask", "smooth_mask", "smooth_part", "diversity")
     for method in one:
-        local = ("mask", "smooth_mask", "smooth_part", "diversity")    # means over a process's own frames: their mean is the whole's
         for name, loss in one[method]["losses"].items():
             pair = first[method]["losses"][name], second[method]["losses"][name]
-            assert torch.isclose(sum(pair) / 2, loss, rtol=1e-9, atol=1e-12), (method, name)
-            assert name in local or torch.isclose(*pair, rtol=1e-9), (method, name)    # all see the gathered batch
+            mean = sum(pair) / 2
+            assert torch.isclose(mean, loss, rtol=1e-9, atol=1e-12), (method, name)
+            # All others see the gathered batch.
+            assert name in local or torch.isclose(*pair, rtol=1e-9), (method, name)
         assert one[method]["shown"].keys() == first[method]["shown"].keys()
         expected = one[method]["gradients"]
         largest = max(gradient.abs().max() for gradient in expected.values())
         for found in first[method]["gradients"], second[method]["gradients"]:
             assert found.keys() == expected.keys() and len(expected) > 50
             for name, gradient in expected.items():
-                assert (found[name] - gradient).abs().max() < 1e-9 * largest, (method, name)
+                error = (found[name] - gradient).abs().max()
+                assert error < 1e-9 * largest, (method, name)
+
+
+def test_a_run_of_two_is_logged_saved_resumed_and_evaluated_once(two, tmp_path):
+    folder, out, err = two
+    whole, parts = folder / "whole", folder / "parts"
+    assert out.count("infrared->visible") == out.count("2 x cpu") == 3, out
+    assert "Warning" not in err and "\r" not in out + err
+    assert err.count("epoch 1/2 2/2 [") == 1 and err.count("epoch 2/2 2/2 [") == 2, err
+    assert sorted(os.listdir(whole)) == ["config.json", "curves.png", "last.pt", "lock",
+                                         "log.jsonl", "results.json", "silhouettes-2.png"]
+    # Dropout too goes on where each process was.
+    same_bits(tensors_of(whole), tensors_of(parts))
+    succeeds(here("evaluate.py", "--checkpoint", whole, "--json", tmp_path / "r.json"))
+    alone = json.loads((tmp_path / "r.json").read_text())
+    for direction, result in alone["directions"].items():
+        assert result == pytest.approx(results_of(whole)["directions"][direction], abs=1e-6)
+
+
+def test_what_two_processes_refuse_is_said_once(two):
+    folder, _, err = two
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "no folder" in lines[0] and "nowhere" in lines[0], err
+    assert not (folder / "refused").exists()
+
+
+def test_identities_that_cannot_be_shared_are_refused(walkers, tmp_path):
+    tracklets = [Tracklet(("a",), pid, "D1", VISIBLE) for pid in range(6)]
+    with pytest.raises(UserError, match="multiple of 3"):
+        IdentitySampler(tracklets, P=4, K=1, steps=1, seed=1, rank=0, world=3)
+    fails(here("train.py", "--data", walkers, "--run", tmp_path / "run", *TINY,
+               "--identities", 5), "--identities 5")
 
 
 def test_the_identities_of_a_step_are_shared():
-    tracklets = [Tracklet((f"{pid}{m}{k}",), pid, "D1", m) for pid in range(6) for m in ("visible", "infrared") for k in range(3)]
-    sampler = lambda rank, world: list(IdentitySampler(tracklets, P=4, K=2, steps=5, seed=3, rank=rank, world=world))
-    for whole, a, b in zip(sampler(0, 1), sampler(0, 2), sampler(1, 2)):
-        assert sorted(whole) == sorted(a + b) and len(a) == len(b) == 8
-        assert not {tracklets[i].pid for i, _ in a} & {tracklets[i].pid for i, _ in b}
+    tracklets = [Tracklet((f"{pid}{modality}{k}",), pid, "D1", modality) for pid in range(6)
+                 for modality in (VISIBLE, INFRARED) for k in range(3)]
+
+    def batches(rank, world):
+        return IdentitySampler(tracklets, P=4, K=2, steps=5, seed=3, rank=rank, world=world)
+
+    for whole, first, second in zip(batches(0, 1), batches(0, 2), batches(1, 2), strict=True):
+        assert sorted(whole) == sorted(first + second) and len(first) == len(second) == 8
+        people = [{tracklets[index].pid for index, _ in part} for part in (first, second)]
+        assert not people[0] & people[1]
 
 
-def test_a_run_of_two_processes_is_logged_saved_resumed_and_evaluated_once(walkers, tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    (tmp_path / "runs.py").write_text("import json, sys, train\ndef main():\n"    # one start of torchrun for three runs
-                                      "    for line in json.loads(sys.argv[1]):\n        sys.argv = ['train.py', *line]\n        train.main()\ntrain.cli(main)\n")
-    result = torchrun(tmp_path / "runs.py", json.dumps([["--data", str(walkers), "--run", str(whole), *TINY, "--epochs", "2"],
-                                                        ["--data", str(walkers), "--run", str(parts), *TINY], ["--resume", str(parts), "--epochs", "2"]]))
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("infrared->visible") == result.stdout.count("2 x cpu") == 3 and "Warning" not in result.stderr
-    assert result.stderr.count("epoch 2/2 0/2 [00:00<?]") == 2, result.stderr
-    assert sorted(p.name for p in whole.iterdir()) == ["config.json", "curves.png", "last.pt", "log.jsonl", "results.json", "silhouettes-2.png"]
-    same_bits(tensors_of(whole), tensors_of(parts))    # dropout too goes on where each process was
-    alone = here("evaluate.py", "--checkpoint", whole, "--json", tmp_path / "r.json")
-    assert alone.returncode == 0, alone.stderr
-    for direction, r in json.loads((tmp_path / "r.json").read_text())["directions"].items():
-        assert r == pytest.approx(json.loads((whole / "results.json").read_text())["directions"][direction], abs=1e-6)
+# ------------------------------------------------------------ who dies ----
+
+def dying(folder, who, *words):
+    """In each of two processes: a run in whose fifth step torchrun or process 1 is killed."""
+    rank, augment, number = options.rank_of_process(), train.augment, 0
+
+    def augment_and_kill(*arguments):
+        nonlocal number
+        number += 1
+        if number == 5 and who == "process" and rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if number == 5 and who == "torchrun" and rank == 0:
+            os.kill(parallel.parent, signal.SIGKILL)
+            while os.getppid() == parallel.parent:
+                time.sleep(0.01)
+        return augment(*arguments)
+
+    train.augment = augment_and_kill
+    cli(partial(train_with, words))
 
 
-def test_what_two_processes_cannot_share_is_refused_once(walkers, tmp_path):
-    result = torchrun("train.py", "--data", tmp_path / "nowhere", "--run", tmp_path / "run", *TINY)
-    assert result.returncode != 0 and result.stderr.count("error: ") == 1 and "no folder" in result.stderr, result.stderr
-    with pytest.raises(Exception, match="multiple of 3"):
-        IdentitySampler([Tracklet(("a",), pid, "D1", "visible") for pid in range(6)], P=4, K=1, steps=1, seed=1, rank=0, world=3)
-    fails(here("train.py", "--data", walkers, "--run", tmp_path / "run", *TINY, "--identities", 5), "--identities 5")
+@pytest.mark.skipif(os.name == "nt", reason="processes there have no parent to lose")
+def test_the_death_of_torchrun_or_of_a_process_ends_all(walkers, tmp_path):
+    # So many steps that no run comes to its end by itself.
+    endless = ["--data", walkers, *TINY, *SMALLER, "--steps", 1_000_000]
+    started = {}
+    for who in "torchrun", "process":
+        folder = tmp_path / who
+        folder.mkdir()
+        started[who] = torchrun("dying", folder, who, *endless, "--run", folder / "run")
+    for who, process in started.items():
+        # The pipes end when nobody holds them any more.
+        out, err = process.communicate(timeout=HOUR)
+        assert process.returncode == (-signal.SIGKILL if who == "torchrun" else 1), err
+        assert "2 x cpu" in out and "Everything is in" not in out
+        assert "interrupted; " in err or "has lost the others" in err, err
+        # The traceback of torchrun itself, where it lives, is its own.
+        ours = err.split("Traceback")[0] if who == "process" else err
+        assert "train.py" not in ours.replace("python train.py --resume", ""), err
+        assert tensors_of(tmp_path / who / "run")["epoch"] == 0
+
+
+def test_a_process_whose_torchrun_has_gone_stops(monkeypatch):
+    check_parent()
+    monkeypatch.setattr(parallel, "parent", -1)
+    check_parent()    # there is no torchrun
+    monkeypatch.setattr(parallel, "processes", lambda: (1, 2))
+    with pytest.raises(KeyboardInterrupt, match="torchrun has gone"):
+        check_parent()
+
+
+# ------------------------------------------------------- units of one process ----
+
+def test_a_step_is_waited_for_minutes_and_a_download_hours(monkeypatch):
+    waits = {}
+    for name, value in {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(dist, "init_process_group",
+                        lambda backend, timeout: waits.update(step=timeout))
+
+    def new_group(backend, timeout):
+        waits["setting up"] = timeout
+        return "the patient group"
+
+    monkeypatch.setattr(dist, "new_group", new_group)
+    monkeypatch.setattr(parallel, "patient", None)
+    assert join("cpu") == torch.device("cpu")
+    assert timedelta(minutes=2) <= waits["step"] <= timedelta(minutes=30)
+    assert waits["setting up"] >= timedelta(hours=2)
+
+    barriers = []
+    monkeypatch.setattr(parallel, "processes", lambda: (0, 2))
+    monkeypatch.setattr(dist, "barrier", lambda group: barriers.append(group))
+    wait_for_all()
+    assert barriers == ["the patient group"]
+
+
+def test_batch_norms_are_synchronised_on_gpus_except_in_heads(monkeypatch):
+    monkeypatch.setattr(parallel, "processes", lambda: (0, 2))
+    monkeypatch.setattr(parallel, "DistributedDataParallel", lambda model, **_: model)
+
+    def kinds(device):
+        model = torch.nn.ModuleDict({name: torch.nn.Sequential(torch.nn.BatchNorm1d(2))
+                                     for name in ("backbone", "gait_head", "heads")})
+        model = shared(model, torch.device(device))
+        return [type(module[0]).__name__ for module in model.values()]
+
+    assert kinds("cpu") == ["BatchNorm1d", "BatchNorm1d", "BatchNorm1d"]
+    assert kinds("cuda") == ["SyncBatchNorm", "BatchNorm1d", "BatchNorm1d"]

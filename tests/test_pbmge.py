@@ -51,8 +51,10 @@ def test_values_gradients_and_statistics_equal_the_literal_form():
     want = literal_pbmge(literal, *copies)
     weights = [torch.randn_like(x) for x in want]
     for outputs in (got, want):
-        weighed = [w * x for w, x in zip(weights, outputs, strict=True)]
-        sum(x.sum() for x in weighed).backward()
+        total = 0
+        for weight, output in zip(weights, outputs, strict=True):
+            total = total + (weight * output).sum()
+        total.backward()
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
     for a, b in zip(inputs, copies, strict=True):

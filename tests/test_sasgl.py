@@ -15,7 +15,7 @@ import torch.nn.functional as F
 def small_sasgl():
     torch.manual_seed(0)
     backbone = torch.nn.Conv2d(8, 8, 3, 2, 1)
-    return SASGL(dinov2=load_dinov2("tiny"), backbone=backbone, width=8, dino_size=(112, 56),
+    return SASGL(dinov2=load_dinov2("tiny-random"), backbone=backbone, width=8, dino_size=(112, 56),
                  code_size=(16, 8))
 
 

@@ -1,0 +1,239 @@
+"""The same on any machine: streams that have gone, few open files, processes that are not forked,
+threads that sleep, paths with backslashes."""
+import ast
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from scripts import (HOUR, ROOT, TINY_LSMRL, fails, finished, log_of, results_of, run, same_bits,
+                     succeeds, tensors_of, together)
+from support.files import UserError
+from support.options import load_method
+from test_interrupt import Driver
+
+posix = pytest.mark.skipif(os.name == "nt", reason="a shell, forked processes, limits")
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    driver = Driver(tmp_path_factory.mktemp("driver"))
+    yield driver
+    driver.close()
+
+
+# ------------------------------------------------------------- streams ----
+
+def shell(line):
+    """A line of bash in which python is ours, and which ends with python's exit code."""
+    python = f"python() {{ {shlex.quote(sys.executable)} \"$@\"; }}; {line}"
+    ended = subprocess.run(["bash", "-c", python], cwd=ROOT, stdin=subprocess.DEVNULL,
+                           capture_output=True, text=True, timeout=HOUR,
+                           env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return finished(ended.returncode, ended.stdout, ended.stderr)
+
+
+@posix
+def test_a_reader_that_goes_is_named_and_the_files_are_written(walkers, driver, tmp_path):
+    """As by | head -1: the first line is read, then nobody reads any more."""
+    folder = tmp_path / "run"
+    result = driver.run("train.py", "--data", walkers, "--run", folder, *TINY_LSMRL, reader=True,
+                        moments=[{"at": "step", "number": 1, "what": "close"}])
+    fails(result, "standard output cannot be written", "| head")
+    assert "disk" not in result.stderr and "permissions" not in result.stderr
+    assert tensors_of(folder)["epoch"] == 1 and results_of(folder)["directions"]
+    assert log_of(folder)[0]["rank-1"] and (folder / "curves.png").exists()
+
+
+@posix
+@pytest.mark.parametrize("script, words", [
+    ("train.py", ["--help"]), ("evaluate.py", ["--help"]), ("train.py", None)])
+def test_a_reader_that_has_gone_already_is_named(script, words, walkers, driver, tmp_path):
+    command = words or ["--data", walkers, "--run", tmp_path / "run", *TINY_LSMRL]
+    result = driver.run(script, *command, reader=True, moments=[{"at": "start", "what": "close"}])
+    fails(result, "standard output cannot be written", "| head")
+    assert "disk" not in result.stderr
+
+
+@posix
+def test_a_full_standard_output_is_not_the_disk_s_fault(walkers):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    result = shell(f"python data.py {shlex.quote(str(walkers))} > /dev/full")
+    fails(result, "standard output cannot be written", "No space left")
+    assert "disk" not in result.stderr
+
+
+@posix
+def test_a_closed_standard_error_ends_no_run(walkers, tmp_path):
+    words = ["--data", walkers, "--run", tmp_path / "run", *TINY_LSMRL, "--workers", 1]
+    line = shlex.join(["python", "train.py", *map(str, words)])
+    result = shell(f"{line} 2>&- 0<&-")
+    assert result.returncode == 0 and "infrared->visible" in result.stdout and not result.stderr
+    # Nothing took the place of what was closed, and got what was meant for it.
+    assert tensors_of(tmp_path / "run")["epoch"] == 1
+    assert len(log_of(tmp_path / "run")) == 1 and results_of(tmp_path / "run")
+    for path in (tmp_path / "run").iterdir():
+        assert b"frames/s" not in path.read_bytes(), path
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["data"] == str(walkers)
+
+
+@posix
+@pytest.mark.parametrize("limit", [16, 24, 34])
+def test_few_open_files_are_named(limit, walkers, driver, tmp_path):
+    result = driver.run("train.py", "--data", walkers, "--run", tmp_path / "run", *TINY_LSMRL,
+                        "--workers", 4, limits={"RLIMIT_NOFILE": limit})
+    fails(result, "too many open files; raise the limit (ulimit -n) or lower --workers")
+
+
+@posix
+def test_sigterm_stops_an_evaluation_too(walkers, driver, tmp_path):
+    driver.train("--data", walkers, "--run", tmp_path / "run", *TINY_LSMRL, "--epochs", 0)
+    result = driver.run("evaluate.py", "--checkpoint", tmp_path / "run", "--workers", 1,
+                        moments=[{"at": "embedding", "number": 2, "what": "SIGTERM"}])
+    assert result.returncode == 130 and not result.stdout
+    assert result.stderr == "interrupted\n"
+
+
+# ------------------------------------------------------- start methods ----
+
+SITE = """
+import multiprocessing
+import os
+
+multiprocessing.set_start_method({method!r})
+with open({log!r}, "a") as file:
+    file.write("an interpreter begins\\n")
+"""
+
+
+def example_of(method):
+    """The worked example in docs/method.md that changes a part of this class."""
+    page = (ROOT / "docs" / "method.md").read_text()
+    found = [block for block in re.findall(r"```python\n(.*?)```", page, re.S)
+             if f"class Mine({method}):" in block]
+    assert len(found) == 1
+    return found[0]
+
+
+@posix
+def test_every_script_works_however_processes_begin(walkers, tmp_path):
+    def follow(start_method):
+        folder = tmp_path / start_method
+        folder.mkdir()
+        log = folder / "log"
+        site = SITE.format(method=start_method, log=str(log))
+        (folder / "sitecustomize.py").write_text(site)
+        (folder / "my_idea.py").write_text(example_of("LSMRL"))
+        env = {"PYTHONPATH": str(folder)}
+        mine = ["--method", f"{folder / 'my_idea.py'}:Mine", "--workers", 1]
+        succeeds(run("train.py", "--data", walkers, "--run", folder / "run", *TINY_LSMRL[2:],
+                     *mine, env=env))
+        succeeds(run("evaluate.py", "--checkpoint", folder / "run", *mine,
+                     "--json", folder / "r.json", env=env))
+        assert "usable" in succeeds(run("data.py", walkers, env=env)).stdout
+        evaluated = json.loads((folder / "r.json").read_text())["directions"]
+        assert evaluated == results_of(folder / "run")["directions"]
+        begun = len(log.read_text().splitlines())
+        # A forked process begins no interpreter.
+        assert begun == 3 if start_method == "fork" else begun > 6
+        return folder / "run"
+
+    fork, *others = together(follow, "fork", "spawn", "forkserver")
+    for other in others:
+        same_bits(tensors_of(fork), tensors_of(other))
+        assert results_of(fork)["directions"] == results_of(other)["directions"]
+
+
+# ------------------------------------------------- what torch finds when it comes ----
+
+IMPORTS = """
+import json
+import os
+import sys
+
+
+class AtTorch:
+    '''Ends the process where torch would be imported, and says what it would find.'''
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "torch":
+            found = ["support" in sys.modules, os.environ.get("OMP_WAIT_POLICY")]
+            print(json.dumps(found), flush=True)
+            os._exit(0)
+
+
+sys.meta_path.insert(0, AtTorch)
+for given in json.loads(sys.argv[2]):
+    if os.fork() == 0:
+        for name in "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME":
+            os.environ.pop(name, None)
+        os.environ.update(given)
+        __import__(sys.argv[1])
+        os._exit(1)    # torch is never imported
+    assert os.wait()[1] == 0
+"""
+
+
+@posix
+def test_threads_sleep_unless_the_user_has_chosen(tmp_path):
+    """libgomp reads the variable when torch is imported, and never again."""
+    given = [{}, {"GOMP_SPINCOUNT": "1000"}, {"OMP_WAIT_POLICY": "active"}]
+    (tmp_path / "imports.py").write_text(IMPORTS)
+    scripts = [path.stem for path in ROOT.glob("*.py")]
+    assert {"train", "evaluate", "data", "walkers", "lsmrl", "model"} <= set(scripts)
+    variants = given if os.name != "nt" else given[:1]
+
+    def ask(script):
+        result = run(tmp_path / "imports.py", script, json.dumps(variants),
+                     env={"PYTHONPATH": str(ROOT)})
+        return [json.loads(line) for line in succeeds(result).stdout.splitlines()]
+
+    for script, found in zip(scripts, together(ask, *scripts), strict=True):
+        assert found == [[True, "passive"], [True, None], [True, "active"]], script
+
+
+# ------------------------------------------------------------ backslashes ----
+
+SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "support").glob("*.py")])
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=[str(path.relative_to(ROOT)) for path in SOURCES])
+def test_no_path_is_taken_apart_at_slashes(path):
+    """Nor put together with them: os.path knows better. `RGB/IR` is a word of BUPTCampus's."""
+    text = path.read_text(encoding="utf-8")
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        words = []
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            taking_apart = node.func.attr in ("split", "rsplit", "partition", "rpartition", "find",
+                                              "rfind", "startswith", "endswith", "strip", "join")
+            words = node.args if taking_apart else []
+            if node.func.attr == "join" and "/" in ast.unparse(node.func.value):
+                found.append(ast.unparse(node))
+        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            words = [node.left, node.right]
+        for word in words:
+            if isinstance(word, ast.Constant) and word.value in ("/", "\\"):
+                found.append(ast.unparse(node))
+    assert [code for code in found if code != "both.split('/')"] == []
+
+
+def test_a_method_with_a_drive_letter_is_split_at_its_last_colon(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no file .*C:\\ideas\\mine.py; check"):
+        load_method(r"C:\ideas\mine.py:Mine")
+    for name in r"C:\ideas\mine.py", r"C:\ideas\mine", "mine.py", "mine.py:", "mine.py:a b":
+        with pytest.raises(UserError, match="is not known; expected dinogrl, lsmrl, or FILE"):
+            load_method(name)
+    if os.name != "nt":
+        # A name like any other, here.
+        (tmp_path / r"C:\mine.py").write_text("class Mine:\n    pass\n")
+        assert load_method(r"C:\mine.py:Mine").__name__ == "Mine"
+        assert Path(sys.modules["C:\\mine"].__file__) == tmp_path / r"C:\mine.py"
