@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 
 from support.files import UserError, printable, read_lines
 from support.footage import read_frame
-from support.options import Parser, cli, progress, say
+from support.options import Parser, cli, leave_signals_to_parent, progress, say
 
 import numpy as np
 import torch
@@ -604,9 +604,12 @@ def main():
     print_statistics(dataset)
     missing, everything = set(dataset.missing), dataset.train + dataset.test
     frames = dict.fromkeys(frame for t in everything for frame in t.frames if frame not in missing)
-    with multiprocessing.Pool(os.cpu_count()) as pool:
+    with multiprocessing.Pool(os.cpu_count(), leave_signals_to_parent) as pool:
         checked = pool.imap(check_frame, frames, chunksize=64)
         dataset.problems += filter(None, progress(checked, "reading", total=len(frames)))
+        # One that has not even begun yet is not to be killed, or it would complain.
+        pool.close()
+        pool.join()
     for note in dataset.notes:
         say("note: " + printable(note))
     for problem in dataset.problems:

@@ -570,15 +570,16 @@ def check_arguments(args, overrides):
                         "unset?")
     if not 1 <= args.top <= 10 ** 6:
         raise UserError(f"--top {args.top}; expected 1 to 1000000")
+    is_benchmark = "data" in overrides or args.rerank
+    if is_benchmark and (args.query or args.gallery):
+        raise UserError("--data and --rerank are for a benchmark, whose gallery is closed; drop "
+                        "them, or --query and --gallery")
     if not args.gallery:
         if args.query:
             raise UserError("--query needs --gallery: where to look")
         if args.official and "data" not in overrides:
             raise UserError("--official needs --data PATH")
         return
-    if "data" in overrides or args.rerank:
-        raise UserError("--data and --rerank are for a benchmark, whose gallery is closed; drop "
-                        "them, or --query and --gallery")
     if args.gallery_is_file and (args.gallery_modality or args.save):
         raise UserError(f"{args.gallery} is embedded already and knows its modality; drop "
                         "--gallery-modality and --save")

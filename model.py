@@ -142,12 +142,12 @@ class Options:
         (64, 32), "height and width of silhouettes and codes", least=1, most=1024)
 
     # No option, but what --preset small changes, of these and of train.Config's options. A
-    # laptop's CPU, minutes: a tiny ViT, thin one-block ResNets, small frames.
-    small = {"epochs": 6, "steps": 60, "identities": 8, "tracklets": 2, "frames": 4, "workers": 0,
+    # laptop's CPU, minutes: a tiny distilled ViT, thin one-block ResNets, small frames.
+    small = {"epochs": 6, "steps": 25, "identities": 8, "tracklets": 2, "frames": 4, "workers": 0,
              "warmup_epochs": 0, "milestones": (4, 5), "lr": 3e-3, "size": (64, 32), "erase": 0.0,
              "dinov2": "tiny", "resnet_weights": "random", "mask_warmup": 60, "mask_lr": 5e-2,
              "dim": 64, "width": 8, "blocks": (1, 1, 1, 1), "strides": (1, 1, 1, 1),
-             "gait_strides": (2, 1, 1, 1), "dino_size": (336, 168), "code_size": (32, 16)}
+             "gait_strides": (2, 1, 1, 1), "dino_size": (280, 140), "code_size": (32, 16)}
 
     def check(self):
         """Raises UserError for a configuration that cannot work. self is a run's whole
@@ -157,6 +157,9 @@ class Options:
             raise UserError(f"--strips {' '.join(map(str, self.strips))}; expected 1, the global "
                             "part, and then how many strips of each granularity, such as 1 2 4 8 "
                             "16")
+        if self.gait and self.pbmge and len(self.strips) == 1:
+            raise UserError("--strips 1 leaves PBMGE no strip to read; expected more granularities, "
+                            "such as 1 2 4 8 16, or --pbmge off")
         self.check_rows("size", self.size[0] / 4, "strides")    # the stem divides by 4
         if self.gait:
             self.check_rows("code-size", self.code_size[0], "gait_strides")

@@ -17,6 +17,7 @@ import argparse
 import ctypes
 import difflib
 import importlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -314,10 +315,20 @@ def do_nothing(*arguments):
 
 def stop_politely(number, frame):
     """SIGTERM, as a job scheduler sends it, is a Ctrl-C."""
+    if multiprocessing.parent_process() is not None:    # a pool's, forked: the pool ends it so
+        os._exit(1)
     if hasattr(signal, "SIGCHLD"):
         # The loader processes got it too, and torch would raise that they have died.
         signal.signal(signal.SIGCHLD, do_nothing)
     raise KeyboardInterrupt
+
+
+def leave_signals_to_parent():
+    """For the processes of a pool: Ctrl-C reaches each one of a terminal, and whoever made the pool
+    ends it. A worker that took SIGTERM for a Ctrl-C, as its parent does, might miss it and wait
+    for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def what_went_wrong(error):

@@ -10,7 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from scripts import ROOT, TINY, TINY_LSMRL, fails, here, log_of, results_of, same_bits, tensors_of
+from scripts import (ROOT, TINY, TINY_LSMRL, fails, here, log_of, results_of, same_bits, tensors_of,
+                     together)
 from support import files
 from support.files import RunFolder, UserError, write_json
 
@@ -267,28 +268,22 @@ KILLS = [
     ({"at": "byte", "file": "results.json", "number": 1, "byte": 10}, 4)]
 
 
-def test_a_run_killed_many_times_ends_as_the_run_that_was_left_alone(whole, walkers, driver,
-                                                                     tmp_path):
-    folder = tmp_path / "run"
+def kill_lsmrl(driver, folder, walkers):
     command = ["--data", walkers, "--run", folder, *LONGER, "--workers", 1]
     # Nothing to go on with: the folder is used again.
     for name in "config.json", "last.pt":
         driver.train(*command, at="byte", file=name, number=1, byte=10, what="SIGKILL")
-        assert [path.name for path in folder.glob("*.tmp")] and not (folder / "last.pt").exists()
-        fails(here("train.py", "--resume", folder), "no file", "last.pt")
+        assert list(folder.glob("*.tmp")) and not (folder / "last.pt").exists()
+    fails(driver.run("train.py", "--resume", folder), "no file", "last.pt")
     for moment, epochs in KILLS:
         driver.train(*command, **moment, what="SIGKILL")
         assert tensors_of(folder)["epoch"] == epochs, moment    # readable, always
         command = ["--resume", folder, "--workers", 0]
     assert "raise --epochs" in driver.train(*command).stdout
-    same_run(whole, folder, epochs=4)
 
 
-def test_a_dinogrl_killed_in_its_warm_up_too_ends_as_one_that_was_left_alone(walkers, driver,
-                                                                             tmp_path):
+def kill_dinogrl(driver, folder, walkers):
     command = ["--data", walkers, *DINOGRL]
-    driver.train(*command, "--run", tmp_path / "whole")
-    folder = tmp_path / "run"
     driver.train(*command, "--run", folder, at="step", number=2, what="SIGKILL")
     assert set(os.listdir(folder)) == {"config.json", "lock"}
     # The rest of the warm-up is two steps: this is the second one of the first epoch.
@@ -302,7 +297,24 @@ def test_a_dinogrl_killed_in_its_warm_up_too_ends_as_one_that_was_left_alone(wal
                  what="SIGKILL")
     assert tensors_of(folder)["epoch"] == 2
     driver.train("--resume", folder)
-    same_run(tmp_path / "whole", folder, epochs=2)
+
+
+def test_two_runs_killed_many_times_end_as_those_that_were_left_alone(whole, walkers, driver,
+                                                                      tmp_path):
+    """LSMRL and DinoGRL, whose warm-up cannot be resumed."""
+    def dinogrl(folder):
+        folder.mkdir()
+        second = Driver(folder)
+        second.train("--data", walkers, "--run", folder / "whole", *DINOGRL)
+        kill_dinogrl(second, folder / "run", walkers)
+        second.close()
+        same_run(folder / "whole", folder / "run", epochs=2)
+
+    def lsmrl(folder):
+        kill_lsmrl(driver, folder, walkers)
+        same_run(whole, folder, epochs=4)
+
+    together(lambda follow: follow(tmp_path / follow.__name__), dinogrl, lsmrl)
 
 
 # ------------------------------------------------------- numbers, disks ----

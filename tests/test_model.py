@@ -117,7 +117,7 @@ def test_strips_are_an_option():
 
 
 @pytest.mark.parametrize("strips", [
-    (), (2, 4), (1, 0), (1, -2), (1, 257), (1,) * 11, (1, 3), (1, 32)])
+    (), (1,), (2, 4), (1, 0), (1, -2), (1, 257), (1,) * 11, (1, 3), (1, 32)])
 def test_strips_that_cannot_be_cut_are_refused(strips):
     _, configuration = config_class("dinogrl")
     configuration().check()

@@ -9,7 +9,7 @@ from support.priors import Components, spoiled, unexplained
 import pytest
 import torch
 
-DIGEST = "set below"
+DIGEST = "c4fc836fc39e10706e3b7a983cb441ecb3c10bf876f053abb22ab187d0116283"
 
 
 def test_the_shipped_prior_is_this_one_and_no_random_one():

@@ -50,13 +50,11 @@ def test_a_reader_that_goes_is_named_and_the_files_are_written(walkers, driver, 
 
 
 @posix
-@pytest.mark.parametrize("script, words", [
-    ("train.py", ["--help"]), ("evaluate.py", ["--help"]), ("train.py", None)])
-def test_a_reader_that_has_gone_already_is_named(script, words, walkers, driver, tmp_path):
-    command = words or ["--data", walkers, "--run", tmp_path / "run", *TINY_LSMRL]
-    result = driver.run(script, *command, reader=True, moments=[{"at": "start", "what": "close"}])
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_help_that_nobody_reads_is_no_traceback(script, driver):
+    moments = [{"at": "start", "what": "close"}]
+    result = driver.run(script, "--help", reader=True, moments=moments)
     fails(result, "standard output cannot be written", "| head")
-    assert "disk" not in result.stderr
 
 
 @posix
@@ -84,7 +82,7 @@ def test_a_closed_standard_error_ends_no_run(walkers, tmp_path):
 
 
 @posix
-@pytest.mark.parametrize("limit", [16, 24, 34])
+@pytest.mark.parametrize("limit", [24, 34])
 def test_few_open_files_are_named(limit, walkers, driver, tmp_path):
     result = driver.run("train.py", "--data", walkers, "--run", tmp_path / "run", *TINY_LSMRL,
                         "--workers", 4, limits={"RLIMIT_NOFILE": limit})
@@ -121,33 +119,43 @@ def example_of(method):
     return found[0]
 
 
-@posix
-def test_every_script_works_however_processes_begin(walkers, tmp_path):
-    def follow(start_method):
-        folder = tmp_path / start_method
-        folder.mkdir()
-        log = folder / "log"
-        site = SITE.format(method=start_method, log=str(log))
-        (folder / "sitecustomize.py").write_text(site)
-        (folder / "my_idea.py").write_text(example_of("LSMRL"))
-        env = {"PYTHONPATH": str(folder)}
-        mine = ["--method", f"{folder / 'my_idea.py'}:Mine", "--workers", 1]
-        succeeds(run("train.py", "--data", walkers, "--run", folder / "run", *TINY_LSMRL[2:],
-                     *mine, env=env))
-        succeeds(run("evaluate.py", "--checkpoint", folder / "run", *mine,
-                     "--json", folder / "r.json", env=env))
-        assert "usable" in succeeds(run("data.py", walkers, env=env)).stdout
-        evaluated = json.loads((folder / "r.json").read_text())["directions"]
-        assert evaluated == results_of(folder / "run")["directions"]
-        begun = len(log.read_text().splitlines())
-        # A forked process begins no interpreter.
-        assert begun == 3 if start_method == "fork" else begun > 6
-        return folder / "run"
+def scripts_under(start_method, folder, scripts, walkers):
+    """Runs scripts whose processes begin in this way, for a method of one's own."""
+    folder.mkdir()
+    log = folder / "log"
+    site = SITE.format(method=start_method, log=str(log))
+    (folder / "sitecustomize.py").write_text(site)
+    (folder / "my_idea.py").write_text(example_of("LSMRL"))
+    mine = ["--method", f"{folder / 'my_idea.py'}:Mine", "--workers", 1]
+    words = {
+        "train.py": ["--data", walkers, "--run", folder / "run", *TINY_LSMRL[2:], *mine],
+        "evaluate.py": ["--checkpoint", folder / "run", "--json", folder / "r.json", *mine],
+        "data.py": [walkers]}
+    for script in scripts:
+        succeeds(run(script, *words[script], env={"PYTHONPATH": str(folder)}))
+    # A forked process begins no interpreter.
+    begun = len(log.read_text().splitlines())
+    assert begun == len(scripts) if start_method == "fork" else begun > len(scripts)
 
-    fork, *others = together(follow, "fork", "spawn", "forkserver")
-    for other in others:
-        same_bits(tensors_of(fork), tensors_of(other))
-        assert results_of(fork)["directions"] == results_of(other)["directions"]
+
+@posix
+def test_every_script_works_however_processes_begin(walkers, driver, tmp_path):
+    kinds = {"fork": ["data.py"], "spawn": ["train.py", "evaluate.py"],
+             "forkserver": ["train.py", "data.py"]}
+
+    def follow(kind):
+        scripts_under(kind, tmp_path / kind, kinds[kind], walkers)
+
+    together(follow, *kinds)
+    mine = f"{tmp_path / 'fork' / 'my_idea.py'}:Mine"
+    driver.train("--data", walkers, "--run", tmp_path / "fork" / "run", *TINY_LSMRL[2:],
+                 "--method", mine, "--workers", 1)
+    results = results_of(tmp_path / "fork" / "run")["directions"]
+    for kind in "spawn", "forkserver":
+        same_bits(tensors_of(tmp_path / "fork" / "run"), tensors_of(tmp_path / kind / "run"))
+        assert results_of(tmp_path / kind / "run")["directions"] == results
+    evaluated = json.loads((tmp_path / "spawn" / "r.json").read_text())
+    assert evaluated["directions"] == results
 
 
 # ------------------------------------------------- what torch finds when it comes ----
@@ -176,7 +184,8 @@ for given in json.loads(sys.argv[2]):
             os.environ.pop(name, None)
         os.environ.update(given)
         __import__(sys.argv[1])
-        os._exit(1)    # torch is never imported
+        print("null", flush=True)    # it needs no torch
+        os._exit(0)
     assert os.wait()[1] == 0
 """
 
@@ -186,17 +195,18 @@ def test_threads_sleep_unless_the_user_has_chosen(tmp_path):
     """libgomp reads the variable when torch is imported, and never again."""
     given = [{}, {"GOMP_SPINCOUNT": "1000"}, {"OMP_WAIT_POLICY": "active"}]
     (tmp_path / "imports.py").write_text(IMPORTS)
-    scripts = [path.stem for path in ROOT.glob("*.py")]
-    assert {"train", "evaluate", "data", "walkers", "lsmrl", "model"} <= set(scripts)
-    variants = given if os.name != "nt" else given[:1]
+    scripts = [path.stem for path in ROOT.glob("*.py")
+               if "cli(main)" in path.read_text(encoding="utf-8")]
+    assert {"train", "evaluate", "data", "walkers"} <= set(scripts)
 
     def ask(script):
-        result = run(tmp_path / "imports.py", script, json.dumps(variants),
+        result = run(tmp_path / "imports.py", script, json.dumps(given),
                      env={"PYTHONPATH": str(ROOT)})
         return [json.loads(line) for line in succeeds(result).stdout.splitlines()]
 
     for script, found in zip(scripts, together(ask, *scripts), strict=True):
-        assert found == [[True, "passive"], [True, None], [True, "active"]], script
+        expected = [[True, "passive"], [True, None], [True, "active"]]
+        assert found == ([None] * 3 if script == "walkers" else expected), script
 
 
 # ------------------------------------------------------------ backslashes ----
@@ -204,25 +214,32 @@ def test_threads_sleep_unless_the_user_has_chosen(tmp_path):
 SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "support").glob("*.py")])
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=[str(path.relative_to(ROOT)) for path in SOURCES])
+# BUPTCampus's word "RGB/IR", and the values of a loss of several streams.
+NO_PATHS = {"data.py": r"\w+\.split\('/'\)", "train.py": r"'/'\.join\(values\)"}
+METHODS_OF_TEXT = {"split", "rsplit", "partition", "rpartition", "find", "rfind", "index", "strip",
+                   "lstrip", "rstrip", "startswith", "endswith", "removesuffix", "join", "count"}
+
+
+def separators(node):
+    """The constants among what a call or a sum takes text apart at, or puts it together with."""
+    words = []
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        if node.func.attr in METHODS_OF_TEXT:
+            words = [*node.args, node.func.value]
+    elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        words = [node.left, node.right]
+    return [word.value for word in words if isinstance(word, ast.Constant)]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=[path.name for path in SOURCES])
 def test_no_path_is_taken_apart_at_slashes(path):
-    """Nor put together with them: os.path knows better. `RGB/IR` is a word of BUPTCampus's."""
-    text = path.read_text(encoding="utf-8")
+    """Nor put together with them: os.path knows better."""
     found = []
-    for node in ast.walk(ast.parse(text)):
-        words = []
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            taking_apart = node.func.attr in ("split", "rsplit", "partition", "rpartition", "find",
-                                              "rfind", "startswith", "endswith", "strip", "join")
-            words = node.args if taking_apart else []
-            if node.func.attr == "join" and "/" in ast.unparse(node.func.value):
-                found.append(ast.unparse(node))
-        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-            words = [node.left, node.right]
-        for word in words:
-            if isinstance(word, ast.Constant) and word.value in ("/", "\\"):
-                found.append(ast.unparse(node))
-    assert [code for code in found if code != "both.split('/')"] == []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if {"/", "\\"} & set(separators(node)):
+            found.append(ast.unparse(node))
+    allowed = NO_PATHS.get(path.name, "none")
+    assert [code for code in found if not re.fullmatch(allowed, code)] == []
 
 
 def test_a_method_with_a_drive_letter_is_split_at_its_last_colon(tmp_path, monkeypatch):
@@ -234,6 +251,6 @@ def test_a_method_with_a_drive_letter_is_split_at_its_last_colon(tmp_path, monke
             load_method(name)
     if os.name != "nt":
         # A name like any other, here.
-        (tmp_path / r"C:\mine.py").write_text("class Mine:\n    pass\n")
+        (tmp_path / r"C:\mine.py").write_text("class Mine:\n    Options = None\n")
         assert load_method(r"C:\mine.py:Mine").__name__ == "Mine"
         assert Path(sys.modules["C:\\mine"].__file__) == tmp_path / r"C:\mine.py"

@@ -251,6 +251,7 @@ def test_background_is_zero_and_statistics_are_the_foreground_s_alone():
 def test_mask_gets_no_gradient_from_the_codes():
     net = small_sasgl().train()
     codes = net.encode(torch.randn(4, 3, 32, 16))
+    assert not codes.body.requires_grad and not codes.silhouette.requires_grad
     of_codes = codes.denoising.sum() + codes.appearance.square().sum() + codes.losses["diversity"]
     of_codes.backward()
     assert all(p.grad is None for p in net.mask_branch.parameters())

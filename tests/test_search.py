@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 
-from data import Tracklet, frame_indices, load_dataset
+from data import FRAME_RULES, Tracklet, load_dataset
 from evaluate import clips
 from layouts import picture
 from scripts import OWNED, TINY, TINY_LSMRL, Evil, fails, here, succeeds, tensors_of
@@ -34,7 +34,7 @@ def test_clips_hold_every_frame(n, T, rule):
         assert (clip.pid, clip.camera, clip.modality) == (7, "D3", "infrared")
         assert len(clip.frames) == T
     numbers = [[int(frame.removesuffix(".jpg")) for frame in clip.frames] for clip in found]
-    assert numbers[0] == frame_indices(n, T, rule=rule).tolist()
+    assert numbers[0] == FRAME_RULES[rule](n, T).tolist()
     assert {i for clip in numbers for i in clip} == set(range(n))
     if rule == "chunks":
         assert numbers == [[min(k * size + j, n - 1) for k in range(T)] for j in range(size)]
