@@ -363,11 +363,16 @@ def check_identities(dataset):
             dataset.problems.append(f"training identity {pid} has {min(there)} tracklets only; "
                                     "expected both modalities: remove its rows")
     for direction, (query, gallery) in dataset.directions.items():
-        there = {dataset.test[i].pid for i in gallery}
-        alone = sum(dataset.test[i].pid not in there for i in query)
+        cameras_of = defaultdict(set)
+        for t in (dataset.test[i] for i in gallery):
+            cameras_of[t.pid].add(t.camera)
+        alone = 0
+        for t in (dataset.test[i] for i in query):
+            ignored = {t.camera} if dataset.ignore_same_camera else set()
+            alone += not cameras_of[t.pid] - ignored
         if alone:
-            dataset.notes.append(f"{direction}: {alone} queries have no tracklet of their person "
-                                 "in the gallery: not scored")
+            dataset.notes.append(f"{direction}: {alone} queries have no tracklet of their person in "
+                                 "the gallery that counts: not scored")
         if dataset.test and alone == len(query):
             dataset.problems.append(f"{direction}: {len(query)} queries and a gallery of "
                                     f"{len(gallery)}, without one right answer; expected some")

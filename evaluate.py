@@ -95,6 +95,9 @@ class Reading:
     frames: int = option(
         6, "frames per tracklet; more helps a little and costs in proportion",
         least=1, most=1024, group="data")
+    test_frames: int = option(
+        0, "frames per tracklet in the test; more cost little there; 0: as many as in training",
+        least=0, most=1024, group="data")
     frame_rule: str = option(
         "", f"which frames: {', '.join(FRAME_RULES)}; none: as the dataset's protocol has it",
         group="data")
@@ -106,6 +109,10 @@ class Reading:
         32, "tracklets at a time in evaluation; lower it if memory runs out",
         least=1, most=4096, group="data")
     device: str = option("", "cuda, cuda:1, cpu; default: cuda if there is one", group="run")
+
+
+def frames_in_test(config):
+    return config.test_frames or config.frames
 
 
 # ------------------------------------------------------------- embeddings ----
@@ -129,9 +136,10 @@ def embed_tracklets(model, tracklets, config, device, rule="chunks", all_frames=
     """Yields each tracklet's embedding (parts, dim), in order, float32 on the CPU; all_frames: the
     mean over its clips."""
     model.eval()
-    clips_of = [clips(t, config.frames, rule) if all_frames else [t] for t in tracklets]
+    T = frames_in_test(config)
+    clips_of = [clips(t, T, rule) if all_frames else [t] for t in tracklets]
     frames_of = Frames([clip for group in clips_of for clip in group], size=config.size,
-                       T=config.frames, rule=rule)
+                       T=T, rule=rule)
     loader = torch.utils.data.DataLoader(
         frames_of, batch_size=config.test_batch, num_workers=config.workers,
         pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupts,
@@ -354,8 +362,8 @@ def setting(config, all_frames):
     """What an embedding was made of, in words."""
     rule = f" ({config.frame_rule})" if config.frame_rule else ""
     if all_frames:
-        return f"all frames, {config.frames} at a time{rule}"
-    return f"{config.frames} frames of each tracklet{rule}"
+        return f"all frames, {frames_in_test(config)} at a time{rule}"
+    return f"{frames_in_test(config)} frames of each tracklet{rule}"
 
 
 def own_tracklets(path, modality):
@@ -616,6 +624,8 @@ def main():
         model, config, method = load_authors_files(args.official)
     else:
         model, config, method = load_run(args.checkpoint, args.method)
+    if "frames" in overrides:
+        overrides.setdefault("test_frames", 0)    # what is typed counts
     for name, value in overrides.items():
         setattr(config, name, value)
     check_ranges(config)

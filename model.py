@@ -116,7 +116,7 @@ class Options:
     mask_warmup: int = option(
         500, "steps that train the mask bottleneck alone, before the rest may use it; too few, and "
         "silhouettes are noise", least=0, most=1_000_000)
-    mask_lr: float = option(1e-3, "learning rate of that warm-up", least=1e-12, most=100)
+    mask_lr: float = option(1e-2, "learning rate of that warm-up", least=1e-12, most=100)
     gait: bool = option(True, "off removes the whole gait stream")
     pbmge: bool = option(True, "off removes the fusion of the streams")
     margin: float = option(0.2, "of the triplet loss", least=0, most=100)
@@ -143,11 +143,12 @@ class Options:
 
     # No option, but what --preset small changes, of these and of train.Config's options. A
     # laptop's CPU, minutes: a tiny distilled ViT, thin one-block ResNets, small frames.
-    small = {"epochs": 6, "steps": 25, "identities": 8, "tracklets": 2, "frames": 4, "workers": 0,
-             "warmup_epochs": 0, "milestones": (4, 5), "lr": 3e-3, "size": (64, 32), "erase": 0.0,
-             "dinov2": "tiny", "resnet_weights": "random", "mask_warmup": 60, "mask_lr": 5e-2,
-             "dim": 64, "width": 8, "blocks": (1, 1, 1, 1), "strides": (1, 1, 1, 1),
-             "gait_strides": (2, 1, 1, 1), "dino_size": (280, 140), "code_size": (32, 16)}
+    small = {"epochs": 6, "steps": 45, "identities": 8, "tracklets": 2, "frames": 3,
+             "test_frames": 8, "workers": 0, "warmup_epochs": 0, "milestones": (4, 5), "lr": 3e-3,
+             "size": (64, 32), "erase": 0.0, "dinov2": "tiny", "resnet_weights": "random",
+             "mask_warmup": 60, "mask_lr": 5e-2, "dim": 64, "width": 8, "blocks": (1, 1, 1, 1),
+             "strips": (1, 2, 4, 8), "strides": (1, 2, 1, 1), "gait_strides": (2, 2, 1, 1),
+             "dino_size": (280, 140), "code_size": (32, 16)}
 
     def check(self):
         """Raises UserError for a configuration that cannot work. self is a run's whole
@@ -158,8 +159,8 @@ class Options:
                             "part, and then how many strips of each granularity, such as 1 2 4 8 "
                             "16")
         if self.gait and self.pbmge and len(self.strips) == 1:
-            raise UserError("--strips 1 leaves PBMGE no strip to read; expected more granularities, "
-                            "such as 1 2 4 8 16, or --pbmge off")
+            raise UserError("--strips 1 leaves PBMGE no strip to read; expected more "
+                            "granularities, such as 1 2 4 8 16, or --pbmge off")
         self.check_rows("size", self.size[0] / 4, "strides")    # the stem divides by 4
         if self.gait:
             self.check_rows("code-size", self.code_size[0], "gait_strides")

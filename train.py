@@ -286,13 +286,18 @@ def learning_rate_factor(config):
     return factor
 
 
+def precision_of(config, device):
+    if config.precision == "auto":
+        return "bfloat16" if device.type == "cuda" else "float32"
+    return config.precision
+
+
 class TrainingState:
     """What a step changes: the model's tensors, the optimizer's, the rate, the scale of float16."""
 
     def __init__(self, model, config, device):
         self.model, self.config, self.device = model, config, device
-        automatic = "bfloat16" if device.type == "cuda" else "float32"
-        precision = automatic if config.precision == "auto" else config.precision
+        precision = precision_of(config, device)
         self.dtype, self.is_mixed = getattr(torch, precision), precision != "float32"
         groups = [{"params": group["params"], "lr": config.lr * group["factor"]}
                   for group in model.parameter_groups()]
@@ -367,7 +372,7 @@ def claim(run, config, dataset, model, device, first_epoch):
     where = str(device) if world == 1 else f"{world} x {device.type}"
     say_once(f"{config.method} on {dataset.name}: {len(dataset.classes)} training identities, "
              f"{len(dataset.train):,} tracklets; {parameters:,} parameters to train; {where}, "
-             f"{config.precision}; run {printable(run.path)}")
+             f"{precision_of(config, device)}; run {printable(run.path)}")
 
 
 WARM_UP_EPOCH = 10 ** 6    # batches and augmentation of its own, which no epoch repeats

@@ -27,10 +27,10 @@ class BasicBlock(nn.Module):
 
     def __init__(self, width):
         super().__init__()
+        # In this order checkpoints hold the optimizer's state.
         self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
+        self.bn1, self.bn2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)

@@ -29,7 +29,8 @@ ROOT = Path(__file__).parent.parent
 # Runs of seconds: the small presets, smaller still.
 TINY = str.split(
     "--preset small --epochs 1 --steps 2 --identities 2 --frames 2 --mask-warmup 2 --workers 0 "
-    "--width 8 --dim 8 --dino-size 224 112 --code-size 16 8 --gait-strides 1 1 1 1")
+    "--width 8 --dim 8 --dino-size 224 112 --code-size 16 8 --strides 1 1 1 1 "
+    "--gait-strides 1 1 1 1 --strips 1 2 4 8 16 --test-frames 0")
 TINY_LSMRL = str.split(
     "--method lsmrl --preset small --epochs 1 --steps 2 --identities 2 --frames 2 "
     "--size 32 16 --groups 2")

@@ -9,12 +9,22 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-from scripts import (ROOT, TINY, TINY_LSMRL, fails, here, log_of, results_of, same_bits, tensors_of,
-                     together)
+from scripts import (
+    ROOT,
+    TINY,
+    TINY_LSMRL,
+    fails,
+    here,
+    log_of,
+    results_of,
+    same_bits,
+    tensors_of,
+    together,
+)
 from support import files
 from support.files import RunFolder, UserError, write_json
 
+import pytest
 import torch
 
 # Two evaluations; loader processes change nothing.
@@ -371,7 +381,8 @@ def test_two_runs_never_share_a_folder(walkers, driver, tmp_path):
     # The first one is in its warm-up, and has no checkpoint yet.
     assert driver.answer() == "waiting"
     before = (folder / "config.json").read_bytes()
-    fails(here("train.py", *command, "--seed", 2), "belongs to a run that is alive", "another --run")
+    second = here("train.py", *command, "--seed", 2)
+    fails(second, "belongs to a run that is alive", "another --run")
     assert (folder / "config.json").read_bytes() == before
     assert set(os.listdir(folder)) == {"config.json", "lock"}
     driver.send("go on")

@@ -10,7 +10,6 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-import pytest
 import train
 from data import INFRARED, VISIBLE, IdentitySampler, Tracklet
 from scripts import HOUR, ROOT, TINY, fails, here, results_of, same_bits, succeeds, tensors_of
@@ -19,6 +18,7 @@ from support.files import UserError
 from support.options import cli
 from support.parallel import check_parent, join, processes, shared, wait_for_all
 
+import pytest
 import torch
 import torch.distributed as dist
 

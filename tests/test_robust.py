@@ -9,12 +9,25 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from scripts import (HOUR, ROOT, TINY_LSMRL, fails, finished, log_of, results_of, run, same_bits,
-                     succeeds, tensors_of, together)
+from scripts import (
+    HOUR,
+    ROOT,
+    TINY_LSMRL,
+    fails,
+    finished,
+    log_of,
+    results_of,
+    run,
+    same_bits,
+    succeeds,
+    tensors_of,
+    together,
+)
 from support.files import UserError
 from support.options import load_method
 from test_interrupt import Driver
+
+import pytest
 
 posix = pytest.mark.skipif(os.name == "nt", reason="a shell, forked processes, limits")
 

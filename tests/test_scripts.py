@@ -6,11 +6,13 @@ import pickle
 import re
 import shutil
 import sys
+import zlib
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 
 import evaluate
+import train
 from golden import formula, official_keys
 from layouts import clone, pairs, picture, tracks, write_buptcampus, write_hitsz
 from scripts import (
@@ -295,11 +297,13 @@ def test_paper_preset_trains_evaluates_and_resumes(fewer, weights, tmp_path):
     # Narrower views: the networks are the paper's.
     little = str.split(
         "--preset paper --steps 1 --identities 2 --tracklets 1 --frames 1 --workers 0 "
-        "--mask-warmup 1 --epochs 1 --size 256 64 --code-size 64 16 --dino-size 112 56")
+        "--epochs 0 --size 256 64 --code-size 64 16 --dino-size 112 56")
     folder = tmp_path / "run"
-    succeeds(run("train.py", "--data", fewer, "--run", folder, *little, *weights, env=BOTH_CORES))
-    result = succeeds(here("train.py", "--resume", folder, "--epochs", 2))
-    assert tensors_of(folder)["epoch"] == 2 and "infrared->visible" in result.stdout
+    result = run("train.py", "--data", fewer, "--run", folder, *little, *weights, env=BOTH_CORES)
+    assert "infrared->visible" in succeeds(result).stdout
+    result = succeeds(here("train.py", "--resume", folder, "--epochs", 1))
+    assert tensors_of(folder)["epoch"] == 1 and "infrared->visible" in result.stdout
+    assert {"mask", "triplet_gait", "triplet_appearance"} <= log_of(folder)[0]["losses"].keys()
 
 
 def test_lsmrl_s_paper_preset_on_openai_s_format(fewer, tmp_path):
@@ -665,25 +669,53 @@ def as_the_older_version_wrote_it(checkpoint):
     checkpoint.update(step=0, sums={})
 
 
-def test_an_older_version_s_checkpoint_goes_on(trained, tmp_path):
+@pytest.fixture
+def old(trained, tmp_path):
+    """A run's folder as the older version left it; its log had no groups."""
     folder = tmp_path / "old"
     shutil.copytree(trained[0], folder)
-    last = folder / "last.pt"
-    save_changed(tensors_of(folder), last, as_the_older_version_wrote_it)
-    middle = save_changed(tensors_of(folder), tmp_path / "middle.pt",
+    save_changed(tensors_of(folder), folder / "last.pt", as_the_older_version_wrote_it)
+    line, = log_of(folder)
+    flat = line | line.pop("losses") | line.pop("shown")
+    (folder / "log.jsonl").write_text(json.dumps(flat) + "\n")
+    return folder
+
+
+def test_an_older_version_s_run_goes_on(old):
+    succeeds(here("train.py", "--resume", old, "--epochs", 2))
+    first, second = log_of(old)
+    assert first["epoch"] == 1 and "mask" in first    # its line is left as it was
+    assert second["epoch"] == 2 and "mask" in second["losses"]
+    checkpoint = tensors_of(old)
+    assert checkpoint["epoch"] == 2 and "step" not in checkpoint
+    assert checkpoint["config"]["strips"] == (1, 2, 4, 8, 16)
+    assert "accumulate" not in checkpoint["config"]
+
+
+def test_an_older_version_s_half_epoch_is_evaluated_and_not_resumed(old, tmp_path):
+    middle = save_changed(tensors_of(old), tmp_path / "middle.pt",
                           lambda checkpoint: checkpoint.update(step=1, sums={"mask": 1.0}))
     succeeds(here("evaluate.py", "--checkpoint", middle, "--json", tmp_path / "r.json"))
-    before = results_of(folder)["directions"]
-    assert json_of(tmp_path / "r.json")["directions"] == before
+    assert json_of(tmp_path / "r.json")["directions"] == results_of(old)["directions"]
     fails(here("train.py", "--resume", middle, "--run", tmp_path / "r", "--epochs", 2),
           "middle of an epoch", "older version")
     assert not (tmp_path / "r").exists()
 
-    succeeds(here("train.py", "--resume", folder, "--epochs", 2))
-    assert [line["epoch"] for line in log_of(folder)] == [1, 2]
-    checkpoint = tensors_of(folder)
-    assert checkpoint["epoch"] == 2 and "step" not in checkpoint
-    assert checkpoint["config"]["strips"] == (1, 2, 4, 8, 16)
+
+@pytest.mark.parametrize("method, given, orders", [
+    ("dinogrl", {"blocks": (1, 1, 1, 1)}, [2359065874]),
+    ("lsmrl", {"split": (2, 1, 1)}, [2393040213, 2599926388])])
+def test_parameters_come_in_the_order_of_older_checkpoints(method, given, orders):
+    """An optimizer's state has numbers and no names: in another order it is resumed as that of
+    other parameters. The order is that of the first version's models."""
+    method_class, kind = train.config_class(method)
+    model = method_class(kind(**{**method_class.Options.small, **given}), 4, pretrained=False)
+    name_of = {parameter: name for name, parameter in model.named_parameters()}
+    found = []
+    for group in model.parameter_groups():
+        names = "\n".join(name_of[parameter] for parameter in group["params"])
+        found.append(zlib.crc32(names.encode()))
+    assert found == orders
 
 
 # ------------------------------------------------------ a method of one's own ----
