@@ -371,8 +371,8 @@ def check_identities(dataset):
             ignored = {t.camera} if dataset.ignore_same_camera else set()
             alone += not cameras_of[t.pid] - ignored
         if alone:
-            dataset.notes.append(f"{direction}: {alone} queries have no tracklet of their person in "
-                                 "the gallery that counts: not scored")
+            dataset.notes.append(f"{direction}: {alone} queries have no tracklet of their person "
+                                 "in the gallery that counts: not scored")
         if dataset.test and alone == len(query):
             dataset.problems.append(f"{direction}: {len(query)} queries and a gallery of "
                                     f"{len(gallery)}, without one right answer; expected some")

@@ -78,7 +78,7 @@ from support.parallel import (
     wait_for_all,
 )
 from support.pictures import draw_curves
-from support.weights import check_optimizer_state, read_checkpoint, rebuild
+from support.weights import check_optimizer_state, check_scale, read_checkpoint, rebuild
 
 import numpy as np
 import torch
@@ -341,14 +341,16 @@ class TrainingState:
             for group in checkpoint["optimizer"]["param_groups"]:
                 group["fused"] = is_cuda    # the run may have been another device's
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.scheduler.load_state_dict(checkpoint["scheduler"])
+            epoch = checkpoint["epoch"]
+            if checkpoint["scheduler"]["last_epoch"] != epoch:
+                raise ValueError(f"the schedule is not at epoch {epoch}")
+            # All else of the schedule follows from the configuration.
+            self.scheduler.load_state_dict({"last_epoch": epoch, "_step_count": epoch + 1,
+                                            "lr_lambdas": [None] * len(self.rates)})
             if checkpoint["scaler"] and self.scaler.is_enabled():
+                check_scale(checkpoint["scaler"])
                 self.scaler.load_state_dict(checkpoint["scaler"])
             restore_random_states(checkpoint["random"], self.device)
-            epoch = checkpoint["epoch"]
-            if self.scheduler.last_epoch != epoch:
-                raise ValueError(f"the schedule is at epoch {self.scheduler.last_epoch}, not "
-                                 f"{epoch}")
         except Exception as error:    # torch says a dozen things of a state that is none
             raise UserError(f"{run.resume} can be evaluated but not resumed "
                             f"({type(error).__name__}: {in_short(error)}); expected last.pt as "

@@ -304,7 +304,8 @@ def test_each_tracklet_is_embedded_once_for_both_directions(small, batch):
     """Defects 1, 2 and 8: 40 tracklets in batches of 8 (none left over), of 13 (a last one of one),
     of 64 (all at once)."""
     size = (32, 16)
-    config = SimpleNamespace(size=size, frames=2, frame_rule="", test_batch=batch, workers=0)
+    config = SimpleNamespace(size=size, frames=2, test_frames=0, frame_rule="",
+                             test_batch=batch, workers=0)
     model = Averages()
     results, embeddings, _ = evaluate(model, small, config, torch.device("cpu"))
     assert model.seen == [int(t.modality == "infrared") for t in small.test]
