@@ -36,7 +36,6 @@ import math
 import multiprocessing
 import os
 import shutil
-import signal
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -45,7 +44,7 @@ from typing import NamedTuple
 
 from support import pedestrian
 from support.files import UserError, in_short, printable
-from support.options import Parser, cli, progress, say
+from support.options import Parser, cli, leave_signals_to_parent, progress, say
 from support.pedestrian import HAIR, ROLES, SKIN, Garment, View, Walker, draw_walker
 
 import numpy as np
@@ -309,12 +308,6 @@ def write_info(folder, split, rows):
     (folder / "info" / f"track_{split}_info.txt").write_text("".join(tracks))
     if split == "test":
         (folder / "info" / "query_IDX.txt").write_text(" ".join(queries) + "\n")
-
-
-def leave_signals_to_parent():
-    """Ctrl-C reaches every process of a terminal; whoever made the pool ends it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def draw_folder(folder, made, workers):

@@ -17,7 +17,6 @@ import argparse
 import ctypes
 import difflib
 import importlib
-import multiprocessing
 import os
 import signal
 import sys
@@ -315,12 +314,31 @@ def do_nothing(*arguments):
 
 def stop_politely(number, frame):
     """SIGTERM, as a job scheduler sends it, is a Ctrl-C."""
-    if multiprocessing.parent_process() is not None:    # a pool's, forked: the pool ends it so
-        os._exit(1)
     if hasattr(signal, "SIGCHLD"):
         # The loader processes got it too, and torch would raise that they have died.
         signal.signal(signal.SIGCHLD, do_nothing)
     raise KeyboardInterrupt
+
+
+def hold_sigterm():
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+
+
+def release_sigterm():
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+
+
+def end_by_sigterm():
+    """In a process that was forked: whoever forked it ends it so."""
+    if signal.getsignal(signal.SIGTERM) is stop_politely:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    release_sigterm()
+
+
+if hasattr(os, "register_at_fork"):
+    # Python forgets a signal that comes while it forks, and the child would be waited for for ever.
+    os.register_at_fork(before=hold_sigterm, after_in_parent=release_sigterm,
+                        after_in_child=end_by_sigterm)
 
 
 def leave_signals_to_parent():

@@ -306,7 +306,9 @@ def test_configurations_that_do_not_fit_take_no_memory(crafted, little_memory):
     for method, changes in UNFIT.items():
         for change in changes:
             folder = crafted(method, with_config(**change), ["optimizer"])
-            refused_everywhere(folder, " does not fit: ")
+            with pytest.raises(UserError, match=" does not fit: "):
+                evaluate.load_run(str(folder))
+        not_resumed(folder, " does not fit: ")
 
 
 def test_files_that_a_configuration_names_are_neither_written_nor_read(crafted, tmp_path):
@@ -422,13 +424,13 @@ def restore(checkpoints):
 @pytest.mark.parametrize("state", STATES)
 def test_states_of_another_shape_or_type_are_not_resumed(restore, state):
     """Which torch itself takes, to fail at the next step or to train otherwise."""
-    assert restore(with_keys()) == 1
     with pytest.raises(UserError, match="can be evaluated but not resumed") as caught:
         restore(STATES[state])
     assert "\n" not in str(caught.value)
 
 
-def test_a_checkpoint_without_states_can_be_evaluated(crafted):
+def test_a_checkpoint_without_states_can_be_evaluated(crafted, restore):
+    assert restore(with_keys()) == 1    # whole epochs: the others are refused for what was changed
     folder = crafted("lsmrl", lambda checkpoint: checkpoint.pop("optimizer"))
     assert read(evaluate.load_run, str(folder))
     not_resumed(folder, "can be evaluated but not resumed", "optimizer")
@@ -482,7 +484,7 @@ def spoil_somewhere(value, rng):
 
 
 @pytest.mark.filterwarnings("ignore:.*nested tensors")
-@pytest.mark.parametrize("method, times", [("dinogrl", 4), ("lsmrl", 20)])
+@pytest.mark.parametrize("method, times", [("dinogrl", 3), ("lsmrl", 16)])
 def test_checkpoints_with_other_contents(checkpoints, method, times, tmp_path):
     """Whole files of which one value is of another kind: load_run, and a resumed run, which must
     leave the folder as it was unless it goes on."""

@@ -111,6 +111,42 @@ def test_sigterm_stops_an_evaluation_too(walkers, driver, tmp_path):
     assert result.stderr == "interrupted\n"
 
 
+FORKING = """
+import os
+import signal
+import sys
+
+
+def end_child():
+    # The moment at which Python would forget it.
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+os.register_at_fork(after_in_child=end_child)
+from support.options import cli, tell    # its part comes after ours
+
+
+def main():
+    pid = os.fork()
+    if pid == 0:
+        signal.pause()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
+    tell("the child has ended")
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+cli(main)
+"""
+
+
+@posix
+def test_a_child_that_is_ended_while_it_is_forked_ends(tmp_path):
+    (tmp_path / "forking.py").write_text(FORKING)
+    result = run(tmp_path / "forking.py", env={"PYTHONPATH": str(ROOT)})
+    assert result.returncode == 130
+    assert result.stderr == "the child has ended\ninterrupted\n"
+
+
 # ------------------------------------------------------- start methods ----
 
 SITE = """
