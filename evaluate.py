@@ -371,6 +371,12 @@ def own_tracklets(path, modality):
     return {name: Tracklet(frames, -1, "", modality) for name, frames in find_footage(path).items()}
 
 
+def embed_footage(tracklets, args, model, config, device):
+    """{name: Tracklet} -> each one's embedding (parts, dim), one after the other."""
+    rule = frame_rule(config, Dataset("footage", ""))
+    return embed_tracklets(model, list(tracklets.values()), config, device, rule, args.all_frames)
+
+
 def save_embeddings(path, names, tracklets, embeddings, model, setting):
     """Writes a FILE.npz, atomically. embeddings: one after the other."""
     chunks = FRAME_RULES["chunks"]
@@ -389,9 +395,7 @@ def open_gallery(args, model, config, device, scratch):
     if not args.gallery_is_file:
         path = args.save or os.path.join(scratch, "gallery.npz")
         gallery = own_tracklets(args.gallery, args.gallery_modality or VISIBLE)
-        rule = frame_rule(config, Dataset("footage", args.gallery))
-        embeddings = embed_tracklets(model, list(gallery.values()), config, device, rule,
-                                     args.all_frames)
+        embeddings = embed_footage(gallery, args, model, config, device)
         save_embeddings(path, list(gallery), list(gallery.values()), embeddings, model, how)
     stored = StoredGallery(path)
     if args.gallery_is_file and stored.model != fingerprint(model):
@@ -441,10 +445,7 @@ class Hit(NamedTuple):
 
 def nearest_of(queries, stored, args, model, config, device):
     """{name: Tracklet} -> {name: its Hits, the nearest first}; the gallery is read in pieces."""
-    rule = frame_rule(config, Dataset("footage", args.query))
-    embeddings = embed_tracklets(model, list(queries.values()), config, device, rule,
-                                 args.all_frames)
-    query = stacked(embeddings, len(queries)).to(device)
+    query = stacked(embed_footage(queries, args, model, config, device), len(queries)).to(device)
     N, parts, dim = stored.shape
     stored.check_like(*query.shape[1:])
     rows = max(1, 2 ** 24 // (parts * dim))    # 64 MB of float32
@@ -486,8 +487,7 @@ def draw_search(args, queries, ranked, config):
 
 def method_of(checkpoint, given, path):
     """The name of a checkpoint's method. A method of one's own is code: it is never taken from what
-    a
-    file says, but from --method alone. Raises UserError."""
+    a file says, but from --method alone. Raises UserError."""
     stored = checkpoint["method"]
     same_class = given.rpartition(":")[2] == stored.rpartition(":")[2]    # its file may have moved
     if given and not same_class:
@@ -526,37 +526,31 @@ def command_line():
     which = parser.add_argument_group("model")
     which.add_argument("--checkpoint", metavar="RUN", help="a run's folder, or its last.pt")
     which.add_argument("--official", metavar="DIR", help="the folder of the authors' "
-                                                         "best_model.pth, "
-                       "best_model2.pth, best_shape.pth")
-    which.add_argument("--method", metavar="FILE.py:CLASS", help="the run's method, where it is "
-                                                                 "one of "
-                       "your own")
+                       "best_model.pth, best_model2.pth, best_shape.pth")
+    which.add_argument("--method", metavar="FILE.py:CLASS",
+                       help="the run's method, where it is one of your own")
     footage = parser.add_argument_group("search")
     footage.add_argument("--query", metavar="DIR", help="whom to look for; a folder of frames per "
                          "tracklet, or one such folder")
-    footage.add_argument("--gallery", metavar="DIR|FILE.npz", help="where to look; the same, or "
-                                                                   "what "
-                         "--save has kept of it")
+    footage.add_argument("--gallery", metavar="DIR|FILE.npz",
+                         help="where to look; the same, or what --save has kept of it")
     footage.add_argument("--query-modality", choices=MODALITIES, help="default infrared")
-    footage.add_argument("--gallery-modality", choices=MODALITIES, help="default visible; a "
-                                                                        "FILE.npz "
-                         "knows its own")
+    footage.add_argument("--gallery-modality", choices=MODALITIES,
+                         help="default visible; a FILE.npz knows its own")
     how = parser.add_argument_group("ranking")
     how.add_argument("--top", type=int, metavar="K", help="length of the ranked lists (10)")
-    how.add_argument("--rerank", action="store_true", help="k-reciprocal re-ranking: uses the "
-                                                           "whole "
-                     "gallery, labelled as such")
-    how.add_argument("--all-frames", action="store_true", help="every frame, in clips that are "
-                     "averaged: slower, a little better")
+    how.add_argument("--rerank", action="store_true",
+                     help="k-reciprocal re-ranking: uses the whole gallery, labelled as such")
+    how.add_argument("--all-frames", action="store_true",
+                     help="every frame, in clips that are averaged: slower, a little better")
     output = parser.add_argument_group("output")
     output.add_argument("--json", metavar="FILE", help="write the results there")
     output.add_argument("--save", metavar="FILE.npz", help="keep the embeddings (search: the "
                         "gallery's), to be used as --gallery")
-    output.add_argument("--figure", metavar="FILE.png", help="draw ranked lists: green frame the "
-                                                             "right "
-                        "person, red a wrong one")
-    output.add_argument("--silhouettes", metavar="FILE.png", help="draw what the model sees "
-                                                                  "(DinoGRL)")
+    output.add_argument("--figure", metavar="FILE.png",
+                        help="draw ranked lists: green frame the right person, red a wrong one")
+    output.add_argument("--silhouettes", metavar="FILE.png",
+                        help="draw what the model sees (DinoGRL)")
     parser.set_defaults(checkpoint="", official="", method="", query=None, gallery=None,
                         query_modality=INFRARED, gallery_modality=None, top=10, rerank=False,
                         all_frames=False, json=None, save=None, figure=None, silhouettes=None)

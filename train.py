@@ -452,8 +452,8 @@ def brief(means):
     groups = {}
     for name, value in means.items():
         groups.setdefault(name.split("_")[0], []).append(f"{value:.2g}")
-    return " ".join(f"{SHORT.get(name, name)} "
-                    f"{'/'.join(values)}" for name, values in groups.items())
+    return " ".join(f"{SHORT.get(name, name)} {'/'.join(values)}"
+                    for name, values in groups.items())
 
 
 class EpochMeans:
@@ -579,8 +579,8 @@ def draw_pictures(model, dataset, config, device, run, epoch):
         write_picture(run.file(name), silhouette_sheet(model, dataset, config, device))
         words += f"; {name} shows what the model sees"
     if run.log:
-        write_picture(run.file("curves.png"), draw_curves(run.log, f"{config.method} on "
-                                                                   f"{dataset.name}"))
+        title = f"{config.method} on {dataset.name}"
+        write_picture(run.file("curves.png"), draw_curves(run.log, title))
         words += "; curves.png how it learned"
     return words
 
@@ -615,8 +615,8 @@ def read_command_line():
     runs = parser.add_argument_group("run")
     runs.add_argument("--preset", choices=("paper", "small"), help="paper (default for a real "
                       "benchmark) or small (default for walkers)")
-    runs.add_argument("--run", metavar="DIR", help="the run's folder; default: a new one under "
-                                                   "runs/")
+    runs.add_argument("--run", metavar="DIR",
+                      help="the run's folder; default: a new one under runs/")
     runs.add_argument("--resume", metavar="RUN", help="a run's folder; other options given here "
                       "override its own")
     add_options(parser, kind, method.Options.small)

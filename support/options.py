@@ -296,9 +296,14 @@ def fill_standard_streams():
         sys.stdout.reconfigure(errors="backslashreplace")    # a file's name may be no text
 
 
+def is_torchrun_s():
+    """Has torchrun started this process?"""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def rank_of_process():
     """This process's number among torchrun's, 0 where it is alone."""
-    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+    return int(os.environ["RANK"]) if is_torchrun_s() else 0
 
 
 def take_turn():
@@ -361,8 +366,8 @@ def what_went_wrong(error):
     if isinstance(error, OSError):
         return f"{words}; check the disk and the permissions"
     lost = ("gloo", "nccl", "peer", "socket")
-    alone = "TORCHELASTIC_RUN_ID" not in os.environ
-    if isinstance(error, RuntimeError) and not alone and any(w in words.lower() for w in lost):
+    is_lost = is_torchrun_s() and any(word in words.lower() for word in lost)
+    if isinstance(error, RuntimeError) and is_lost:
         return f"process {rank_of_process()} has lost the others ({words[:120]}); start again"
     if isinstance(error, RuntimeError) and "DataLoader worker" in words:
         return f"a loader process ended ({words[:160]}); expected memory for it: lower --workers"

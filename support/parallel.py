@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 from support.files import UserError
-from support.options import rank_of_process
+from support.options import is_torchrun_s, rank_of_process
 
 import torch
 import torch.distributed as dist
@@ -38,7 +38,7 @@ def processes():
 
 
 def torchrun_started_several():
-    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
+    return is_torchrun_s() and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def join(name):
@@ -192,7 +192,6 @@ def collect_in_first(rows, device):
     if world == 1:
         return [rows]
     wait_for_all()    # embedding a benchmark takes a while, and not the same while for all
-    wait_for_all()    # they read their tracklets at different speeds
     rows = rows.to(device)
     everyone = [torch.empty_like(rows) for _ in range(world)] if rank == 0 else None
     dist.gather(rows, everyone)

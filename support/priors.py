@@ -1,7 +1,7 @@
 """The small prior of the offline demo: DINOv2, distilled into a network a laptop can run.
 
     python walkers.py runs/prior --seed 77 --identities 160 --test-identities 1 --tracklets 1
-    python -m support.priors dinov2 --data runs/prior --dinov2-weights dinov2_vits14_pretrain.pth
+    python -m support.priors dinov2 --data runs/prior/Train --dinov2-weights FILE
 
 Distillation (Hinton et al., 2015) trains a small network, the student, to say what a large one, the
 teacher, says, on pictures that need no labels. What the teacher has learned from 142 million
@@ -48,7 +48,8 @@ STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
 
 def load_frames(path, number):
-    """`number` frames of a folder, evenly taken -> uint8 (N, 3, H, W). Raises UserError."""
+    """`number` frames of a folder (not the masks/ beside them), evenly taken -> uint8 (N, 3, H, W).
+    Raises UserError."""
     paths = [frame for frames in find_footage(path).values() for frame in frames]
     if len(paths) < number:
         raise UserError(f"{len(paths)} frames under {path}; expected {number}: draw more walkers, "

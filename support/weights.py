@@ -1,8 +1,7 @@
 """Weights: tensors read without running anything, loaded strictly, downloaded once.
 
     read_tensors(path)                    a torch file -> its contents
-    load_strictly(module, tensors, what)  every tensor there, none besides, each of its shape and
-    kind
+    load_strictly(module, tensors, what)  every tensor there, none besides, each as it should be
     download(what, fetch, ways_out)       the official source, or an error with the ways out
     read_checkpoint, rebuild              last.pt -> its dict -> the model
 
