@@ -7,6 +7,7 @@ footage.
 
     test tracklets -> embed -> (N, parts, dim) --+-- infrared->visible: distances, ranks, results
                                                  +-- visible->infrared: the same, roles swapped
+                                                 +-- each stream of the method alone: the same
     own footage    -> embed -> FILE.npz, read piece by piece -> the nearest of each query
 
 How embeddings become ranks stands in support/ranking.py, how pictures are drawn in pictures.py
@@ -16,7 +17,8 @@ Quick question: why is every test tracklet embedded once, though each takes part
 (Its embedding does not depend on who asks. A loader per direction does the same work twice.)
 
 Ours, not the paper's: the silhouettes' IoU where true masks are at hand; float32 (on CUDA with
-cuDNN's TF32 convolutions, except for --official); --rerank, --all-frames, the search.
+cuDNN's TF32 convolutions, except for --official); each stream alone; --rerank, --all-frames, the
+search.
 """
 import math
 import os
@@ -227,15 +229,25 @@ class Direction:
 
 
 def evaluate(model, dataset, config, device, *, reranked=False, all_frames=False):
-    """-> the results of both directions with the silhouettes' IoU (results.json without method,
-    dataset and seconds), the embeddings (N, parts, dim), and both Directions. In all processes but
-    the first: None."""
+    """-> the results of both directions, those of each stream alone and the silhouettes' IoU
+    (results.json without method, dataset and seconds), the embeddings (N, parts, dim), and both
+    Directions. reranked: the streams too. In all processes but the first: None."""
     rule = frame_rule(config, dataset)
     embeddings = embed_shared(model, dataset.test, config, device, rule=rule, all_frames=all_frames)
     if embeddings is None:
         return None, None, None
-    directions = [Direction(name, dataset, embeddings, device, reranked) for name in DIRECTIONS]
-    results = {"directions": {direction.name: direction.score() for direction in directions},
+
+    def directions_of(embeddings):
+        return [Direction(name, dataset, embeddings, device, reranked) for name in DIRECTIONS]
+
+    def scores(directions):
+        return {direction.name: direction.score() for direction in directions}
+
+    directions = directions_of(embeddings)
+    # A method need not have streams, nor name them.
+    streams = model.streams_of(embeddings) if hasattr(model, "streams_of") else {}
+    alone = {name: scores(directions_of(own)) for name, own in streams.items()}
+    results = {"directions": scores(directions), "streams": alone,
                "silhouette_iou": silhouette_iou(model, dataset, config, device)}
     return results, embeddings, directions
 
@@ -261,8 +273,9 @@ def speciality(rerank=False, all_frames=False):
 
 
 def table(results):
-    """Results -> the table as text, in per cent. Ranks beyond a gallery have no column."""
-    directions = results["directions"]
+    """Results -> the table as text, in per cent: a row for each direction, below it one for each
+    stream alone. Ranks beyond a gallery have no column."""
+    directions, streams = results["directions"], results.get("streams", {})
     everywhere = [set(r) for r in directions.values()]
     names = ("rank-1", "rank-5", "rank-10", "rank-20", "mAP", "mINP")
     names = [name for name in names if all(name in r for r in everywhere)]
@@ -270,9 +283,14 @@ def table(results):
     lines = [f"{special}:"] if special else []
     heads = "".join(f"{name:>9}" for name in (*names, "queries", "gallery"))
     lines.append(f"{'':20}{heads}")
+
+    def row(label, r):
+        return f"{label:20}" + "".join(f"{100 * r[name]:9.2f}" for name in names)
+
     for direction, r in directions.items():
-        figures = "".join(f"{100 * r[name]:9.2f}" for name in names)
-        lines.append(f"{direction:20}{figures}{r['queries']:9,}{r['gallery']:9,}")
+        lines.append(f"{row(direction, r)}{r['queries']:9,}{r['gallery']:9,}")
+        for stream, alone in streams.items():
+            lines.append(row(f"  {stream} alone", alone[direction]))
     if results.get("silhouette_iou") is not None:
         lines.append(f"silhouette IoU against the true masks: {results['silhouette_iou']:.3f}")
     return "\n".join(lines)

@@ -400,6 +400,14 @@ class LSMRL(nn.Module):
         _, z, f = self.features(frames, self.bank)
         return side_by_side(z, f)[:, None]
 
+    def streams_of(self, embeddings):
+        """Embeddings (N, 1, D + d) -> {"z": (N, 1, D), "f": (N, 1, d)}: what each knows alone.
+        Empty for what a subclass embeds in another size."""
+        D, d = self.clip.visual.proj.shape
+        if embeddings.shape[2] != D + d:
+            return {}
+        return {"z": embeddings[..., :D], "f": embeddings[..., D:]}
+
     def forward(self, frames, modality, label):
         """Training step: -> named losses (weighted: the total is their sum), and what the progress
         bar shows."""

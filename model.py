@@ -255,6 +255,14 @@ class DinoGRL(nn.Module):
         streams, _ = self.streams(frames, modality)
         return torch.cat(list(streams.values()), dim=1).float()
 
+    def streams_of(self, embeddings):
+        """Embeddings (N, 70, dim) -> {stream: its own (N, 35, dim)}: what each knows alone. Empty
+        without the gait stream, and for what a subclass embeds in another number of parts."""
+        parts = len(self.appearance_head.weight)    # 35
+        if embeddings.shape[1] != 2 * parts:
+            return {}
+        return {"gait": embeddings[:, :parts], "appearance": embeddings[:, parts:]}
+
     def losses_of(self, parts, logits, label, modality):
         """One stream's named losses, weighted. The place for a loss of your own: parts (B, P, D),
         cosine logits (B, P, classes), label (B,), modality (B,) of the whole batch."""

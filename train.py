@@ -550,9 +550,14 @@ def catch_up_evaluation(model, dataset, config, device, run, epoch):
         report(model, dataset, config, device, run, epoch)
 
 
+def in_brief(directions):
+    """{direction: its results} -> what the log keeps: {"rank-1": {direction: share}, "mAP": ...}"""
+    return {key: {d: r[key] for d, r in directions.items()} for key in ("rank-1", "mAP")}
+
+
 def report(model, dataset, config, device, run, epoch):
-    """Evaluates; writes results.json and the pictures, adds Rank-1 and mAP to the last line of the
-    log; prints the table."""
+    """Evaluates; writes results.json and the pictures, adds Rank-1 and mAP, each stream's too, to
+    the last line of the log; prints the table."""
     take_buffers_of_first(model)
     start = time.time()
     results, _, _ = evaluate(model, dataset, config, device)
@@ -562,8 +567,8 @@ def report(model, dataset, config, device, run, epoch):
                    "seconds": round(trained + time.time() - start, 1)}
         write_json(run.file("results.json"), results)
         if run.log:
-            for key in ("rank-1", "mAP"):
-                run.log[-1][key] = {d: r[key] for d, r in results["directions"].items()}
+            streams = {name: in_brief(alone) for name, alone in results["streams"].items()}
+            run.log[-1] |= {**in_brief(results["directions"]), "streams": streams}
         drawn = draw_pictures(model, dataset, config, device, run, epoch)
         if run.log:
             run.write_log()    # last: what the log holds is not caught up on

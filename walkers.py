@@ -38,7 +38,7 @@ import os
 import shutil
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +50,7 @@ from support.pedestrian import HAIR, ROLES, SKIN, Garment, View, Walker, draw_wa
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-DRAWING = 1    # to be raised when the pictures change: a folder of older ones is then refused
+DRAWING = 2    # to be raised when the pictures change: a folder of older ones is then refused
 SUPERSAMPLING = 2    # people are drawn so many times larger, then averaged down
 
 # How HITSZ-VCM spells the modalities: in its names (M1) and lists, and as folders.
@@ -60,22 +60,29 @@ FOLDER = {"infrared": "ir", "visible": "rgb"}
 # Separate random streams: default_rng([seed, stream, ...]).
 OF_WALKER, OF_PAINT, OF_CAMERA, OF_PLAN, OF_TRACKLET = range(5)
 
+# What those in uniform wear (--uniform): nothing but body and gait tells them apart.
+UNIFORM = {
+    "top": "jacket", "bottom": "trousers", "upper": Garment("band", 0.12, 0.5, 0.15),
+    "lower": Garment("plain", 0.12, 0.5, 0.1), "bag": "none", "hair": "cap"}
+
 # Argument of make_walkers: option, smallest and largest value, help.
 OPTIONS = {
     "train_identities": ("--identities", 1, 8000, "people to train on (96)"),
-    "test_identities": ("--test-identities", 1, 1999, "(a third of --identities, at least 24)"),
+    "test_identities": ("--test-identities", 1, 1999, "(60; with --identities: two thirds as many)"),
     "tracklets": ("--tracklets", 1, 999, "per identity and modality (4)"),
-    "frames": ("--frames", 12, 9999, "per tracklet, at least 12 (16)"),
+    "frames": ("--frames", 12, 9999, "per tracklet, at least 12 (12)"),
     "height": ("--height", 32, 2048, "pixels, give or take an eighth per camera (128)"),
     "cameras": ("--cameras", 1, 99, "places, each by day and by night (6)"),
+    "uniform": ("--uniform", 0, 1, "share of the people who wear one and the same outfit (0)"),
     "seed": ("--seed", 0, 2 ** 63, "(0)"),
     "workers": ("--workers", 1, 999, "processes (all cores)")}
 
 
 # ---------------------------------------------------------------- people ----
 
-def make_walker(seed, pid):
-    """-> the Walker of that number."""
+def make_walker(seed, pid, uniform=False):
+    """-> the Walker of that number; in uniform: body and gait are theirs, the clothes everybody's.
+    """
     rng = np.random.default_rng([seed, OF_WALKER, pid])
 
     def between(low, high):
@@ -92,7 +99,7 @@ def make_walker(seed, pid):
             period=between(0.08, 0.16), duty=between(0.35, 0.6), level=between(0.06, 0.2))
 
     # In this order: each line draws from the same stream.
-    return Walker(
+    walker = Walker(
         stature=between(0.945, 1.055), leg=between(0.44, 0.53), head=between(0.11, 0.15),
         shoulder=between(0.085, 0.135), hip=between(0.06, 0.105), girth=between(0.7, 1.4),
         depth=between(0.055, 0.085), arm=between(0.30, 0.36),
@@ -105,27 +112,38 @@ def make_walker(seed, pid):
         bag=one_of(pedestrian.BAGS),
         bag_side=one_of((pedestrian.RIGHT, pedestrian.LEFT)), bag_size=between(0.8, 1.3),
         hair=one_of(list(pedestrian.HAIRS)))
+    return replace(walker, **UNIFORM) if uniform else walker
+
+
+def wears_uniform(number, share):
+    """Does the number-th person (from 0) wear it, where that share of people do? Evenly spread."""
+    return math.floor((number + 1) * share + 1e-9) > math.floor(number * share + 1e-9)
 
 
 def make_paint(seed, pid, modality):
     """-> (roles, 2, C) in 0..1, C = 3 if visible, 1 if infrared; the second tone of a role is its
-    pattern's. Independent between modalities."""
+    pattern's. Independent between modalities, and of any brightness in both."""
     rng = np.random.default_rng([seed, OF_PAINT, pid, NUMBER[modality]])
-    low, gap, high = (0.04, 0.18, 0.39) if modality == "visible" else (0.52, 0.22, 0.98)
+    low, gap, high = 0.05, 0.25, 0.95
     tones = rng.uniform(low, high - gap, (len(ROLES), 2))
     tones[:, 1] = rng.uniform(tones[:, 0] + gap, high)
     # Which of the two is the brighter?
     tones = rng.permuted(tones, axis=1)
-    tones[HAIR] = rng.uniform(low, low + 0.15)
-    tones[SKIN] = rng.uniform(high - 0.2, high)
+    tones[HAIR] = rng.uniform(low, 0.6)
+    tones[SKIN] = rng.uniform(0.3, 0.85)
     tones = tones[:, :, None]
     if modality == "infrared":
         return tones
     hue = rng.random((len(ROLES), 2, 1)) + np.array([0, 1 / 3, 2 / 3])
-    saturation = rng.uniform(0.5, 1, (len(ROLES), 2, 1))
+    saturation = rng.uniform(0.2, 1, (len(ROLES), 2, 1))
     colour = 1 - saturation * np.clip(2 - np.abs(6 * (hue % 1) - 3), 0, 1)
     colour[[SKIN, HAIR]] = 0.85, 0.58, 0.42
-    # To the wanted tone: darker by scaling, lighter by mixing with white.
+    return in_colour(tones, colour)
+
+
+def in_colour(tones, colour):
+    """tones (..., 1), colour (..., 3) -> that colour with those tones: darker by scaling, lighter
+    by mixing with white."""
     grey = colour @ np.array([[0.299], [0.587], [0.114]])
     darker = colour * tones / grey
     lighter = 1 - (1 - colour) * (1 - tones) / (1 - grey + 1e-9)
@@ -150,18 +168,23 @@ class Camera:
 @functools.lru_cache(maxsize=99)
 def make_camera(seed, number, cameras, height):
     """-> the Camera of that number; numbers start at 1."""
-    # The angles spread evenly over 25 to 65 degrees.
-    turn = np.random.default_rng([seed, OF_CAMERA]).permutation(cameras)[number - 1]
+    # The angles spread evenly over 25 to 65 degrees, and the kinds of places over the cameras.
+    order = np.random.default_rng([seed, OF_CAMERA])
+    turn = order.permutation(cameras)[number - 1]
+    kind = order.permutation(cameras)[number - 1] % len(PLACES)
     azimuth = math.radians(25 + 40 * (turn + 0.5) / cameras)
     rng = np.random.default_rng([seed, OF_CAMERA, number])
     h = 2 * round(height * rng.uniform(0.875, 1.125) / 2)
-    brightness, horizon = draw_place(rng, h, h)
-    wall, ground = rng.uniform(0.92, 1.06, 3), rng.uniform(0.94, 1.05, 3)
+    brightness, horizon = draw_place(rng, h, h, PLACES[kind])
+    # By night another lamp, and other reflectances: half of the places are inverted.
+    by_day = exposed(rng, brightness)
+    by_night = exposed(rng, 1 - brightness if rng.random() < 0.5 else brightness)
+    wall, ground = rng.uniform(0.6, 1, (2, 3))
     tint = np.where(np.arange(h)[:, None, None] < horizon, wall, ground)
-    by_day = np.clip((0.64 + 0.3 * brightness)[:, :, None] * tint, 0.62, 0.95)
+    by_day = in_colour(by_day[:, :, None], tint / tint.max(2, keepdims=True))
     # An infrared lamp lights the middle.
     lamp = 1 - 0.5 * np.linspace(-1, 1, h)[:, None] ** 2 * rng.uniform(0.3, 1)
-    by_night = np.clip(0.03 + 0.19 * brightness * lamp, 0.02, 0.22)[:, :, None]
+    by_night = (by_night * lamp)[:, :, None]
     return Camera(
         place={"visible": by_day.astype(np.float32), "infrared": by_night.astype(np.float32)},
         azimuth=azimuth, tilt=rng.uniform(0.06, 0.14), zoom=rng.uniform(0.722, 0.743),
@@ -171,34 +194,83 @@ def make_camera(seed, number, cameras, height):
         quality=int(rng.integers(85, 96)))
 
 
-def draw_place(rng, h, w):
-    """-> (h, w) brightness in 0..1 of a wall with windows and poles above a ground, and the row of
-    the horizon."""
-    horizon = int(h * rng.uniform(0.55, 0.75))
-    wall = np.linspace(*rng.uniform(0.4, 1, 2), h)
-    ground = np.linspace(*rng.uniform(0, 0.8, 2), h)
-    rows = np.where(np.arange(h) < horizon, wall, ground)
-    image = Image.fromarray(np.repeat(np.uint8(255 * rows)[:, None], w, axis=1))
-    pen = ImageDraw.Draw(image)
+def exposed(rng, brightness):
+    """brightness in 0..1 -> as a lens and an hour show it: any range of at least a fifth."""
+    contrast = rng.uniform(0.2, 0.6)
+    return rng.uniform(0.05, 0.95 - contrast) + contrast * brightness
 
-    # Windows, or panels
+
+# What stands behind people. Each is drawn with a pen on the wall of a place that is h high, down
+# to the horizon; tone() is any brightness.
+
+def draw_windows(pen, rng, tone, h, horizon):
     across, down = h * rng.uniform(0.15, 0.35), h * rng.uniform(0.18, 0.35)
-    fill = int(rng.integers(256))
-    for x in np.arange(rng.uniform(0, across), w, across):
+    fill = tone()
+    for x in np.arange(rng.uniform(0, across), h, across):
         for y in np.arange(rng.uniform(0.02, 0.1) * h, horizon - 0.6 * down, down):
             pen.rectangle([x, y, x + 0.6 * across, y + 0.65 * down], fill=fill)
 
+
+def draw_bricks(pen, rng, tone, h, horizon):
+    size, joint = h * rng.uniform(0.05, 0.1), tone()
+    for row, y in enumerate(np.arange(0, horizon, size)):
+        pen.line([0, y, h, y], fill=joint, width=1 + h // 100)
+        for x in np.arange(size * (row % 2), h, 2 * size):
+            pen.line([x, y, x, y + size], fill=joint, width=1 + h // 100)
+
+
+def draw_hedge(pen, rng, tone, h, horizon):
+    leaf = h * rng.uniform(0.02, 0.06)
+    for x, y in rng.uniform(0, (h, horizon), (300, 2)):
+        pen.ellipse([x - leaf, y - leaf, x + leaf, y + leaf], fill=tone())
+
+
+def draw_fence(pen, rng, tone, h, horizon):
+    apart, fill = h * rng.uniform(0.06, 0.16), tone()
+    top = h * rng.uniform(0, 0.3)
+    for x in np.arange(rng.uniform(0, apart), h, apart):
+        pen.rectangle([x, top, x + 0.4 * apart, horizon], fill=fill)
+    pen.rectangle([0, top + 0.1 * h, h, top + 0.12 * h], fill=fill)
+
+
+def draw_shutters(pen, rng, tone, h, horizon):
+    apart, fill = h * rng.uniform(0.04, 0.12), tone()
+    for y in np.arange(0, horizon, apart):
+        pen.rectangle([0, y, h, y + 0.5 * apart], fill=fill)
+
+
+def draw_posters(pen, rng, tone, h, horizon):
+    for _ in range(12):
+        x, y = rng.uniform(-0.1, 1, 2) * (h, horizon)
+        width, height = rng.uniform(0.08, 0.35, 2) * h
+        pen.rectangle([x, y, x + width, min(y + height, horizon)], fill=tone())
+
+
+PLACES = draw_windows, draw_bricks, draw_hedge, draw_fence, draw_shutters, draw_posters
+
+
+def draw_place(rng, h, w, draw_wall):
+    """-> (h, w) brightness in 0..1 of a wall behind a ground, and the row of the horizon."""
+    def tone():
+        return int(rng.integers(256))
+
+    horizon = int(h * rng.uniform(0.55, 0.75))
+    wall, ground = (np.linspace(*rng.uniform(0, 1, 2), h) for _ in range(2))
+    rows = np.where(np.arange(h) < horizon, wall, ground)
+    image = Image.fromarray(np.repeat(np.uint8(255 * rows)[:, None], w, axis=1))
+    pen = ImageDraw.Draw(image)
+    draw_wall(pen, rng, tone, h, horizon)
+
     # Poles and trunks
-    poles = rng.integers(1, 5)
-    least, most = (0, -0.3, 0.01, 0, 0), (w / h, 0.3, 0.05, 0.1, 255 / h)
-    for x, y, thick, below, fill in rng.uniform(least, most, (poles, 5)) * h:
-        pen.rectangle([x, y, x + thick, horizon + below], fill=int(fill))
+    poles = rng.integers(0, 4)
+    for x, y, thick, below in rng.uniform((0, -0.3, 0.01, 0), (w / h, 0.3, 0.05, 0.1), (poles, 4)):
+        pen.rectangle([x * h, y * h, (x + thick) * h, horizon + below * h], fill=tone())
 
     # Kerbs and joints of the pavement
     joints = rng.integers(1, 6)
     for y in horizon + (h - horizon) * np.linspace(0.1, 1, joints) ** 1.5:
         end = y + rng.uniform(-0.02, 0.02) * h
-        pen.line([0, y, w, end], fill=int(rng.integers(256)), width=1 + h // 100)
+        pen.line([0, y, w, end], fill=tone(), width=1 + h // 100)
     image = image.filter(ImageFilter.GaussianBlur(h / 100))
     return np.asarray(image, np.float32) / 255, horizon
 
@@ -267,11 +339,13 @@ def write_walker(folder, made, pid):
     """Draws one identity by day and by night, and writes it -> its Rows. made: what walkers.json
     holds."""
     seed, frames, cameras = made["seed"], made["frames"], made["cameras"]
-    split = "Train" if pid <= made["train_identities"] else "Test"
-    walker, rows = make_walker(seed, pid), []
+    train = made["train_identities"]
+    split, number_in_split = ("Train", pid - 1) if pid <= train else ("Test", pid - 1 - train)
+    uniform = wears_uniform(number_in_split, made["uniform"])
+    walker, rows = make_walker(seed, pid, uniform), []
     plan = np.random.default_rng([seed, OF_PLAN, pid])
     for modality in "infrared", "visible":
-        paint = make_paint(seed, pid, modality)
+        paint = make_paint(seed, 0 if uniform else pid, modality)    # nobody else is number 0
         # Each tracklet in another camera while cameras last; independently in the two modalities.
         rounds = [plan.permutation(cameras) + 1 for _ in range(0, made["tracklets"], cameras)]
         numbers = sorted(np.concatenate(rounds)[:made["tracklets"]].tolist())
@@ -366,8 +440,8 @@ def draw_at(root, made, workers):
     return True
 
 
-def make_walkers(root, *, train_identities=96, test_identities=32, tracklets=4, frames=16,
-                 height=128, cameras=6, seed=0, workers=None):
+def make_walkers(root, *, train_identities=96, test_identities=60, tracklets=4, frames=12,
+                 height=128, cameras=6, uniform=0.0, seed=0, workers=None):
     """Writes the folder described above, unless it is there already -> was it written? Beside root
     first: a killed run leaves .NAME.making-PID, and nothing else.
 
@@ -375,7 +449,7 @@ def make_walkers(root, *, train_identities=96, test_identities=32, tracklets=4, 
     workers: processes, default all cores. Raises UserError."""
     numbers = {"train_identities": train_identities, "test_identities": test_identities,
                "tracklets": tracklets, "frames": frames, "height": height, "cameras": cameras,
-               "seed": seed}
+               "uniform": uniform, "seed": seed}
     made = {"drawing": DRAWING, **numbers}
     if workers is not None:
         numbers["workers"] = workers
@@ -404,10 +478,11 @@ def main():
     parser = Parser(description="Draws walking people, visible and infrared, as HITSZ-VCM.")
     parser.add_argument("root", metavar="DIR", help="the folder to make")
     for name, (option, _, _, text) in OPTIONS.items():
-        parser.add_argument(option, dest=name, type=int, metavar="N", help=text)
+        kind, metavar = (float, "SHARE") if name == "uniform" else (int, "N")
+        parser.add_argument(option, dest=name, type=kind, metavar=metavar, help=text)
     given = vars(parser.parse_args())
     if "train_identities" in given:
-        given.setdefault("test_identities", max(24, given["train_identities"] // 3))
+        given.setdefault("test_identities", max(24, 2 * given["train_identities"] // 3))
     root = given.pop("root")
     if not make_walkers(root, **given):
         say(f"{printable(root)}: these walkers are there already")

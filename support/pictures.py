@@ -319,17 +319,18 @@ class Panel:
             self.stroke([(x, self.bottom), (x, self.bottom + 5)], BLACK)
             self.text(x, self.bottom + 16, f"{epoch}", "mm")
 
-    def line(self, name, points):
-        """points: [(epoch, value), ...]. The legend shows the last value."""
+    def line(self, name, points, thin=False):
+        """points: [(epoch, value), ...]. The legend shows the last value. thin: for what is but a
+        part of the line before."""
         colour = COLOURS[self.lines % len(COLOURS)]
         places = [(self.x_of(epoch), self.y_of(value)) for epoch, value in points]
-        self.stroke(places, colour, width=2)
+        self.stroke(places, colour, width=1 if thin else 2)
         for x, y in places:
-            self.dot(x, y, colour)
+            self.dot(x, y, colour, radius=2 if thin else 3)
         last_value = points[-1][1]
         x = self.right + 14
         y = self.top + 10 + 20 * self.lines
-        self.stroke([(x, y), (x + 18, y)], colour, width=3)
+        self.stroke([(x, y), (x + 18, y)], colour, width=2 if thin else 3)
         self.text(x + 24, y, f"{name}  {last_value:.3g}", "lm")
         self.lines += 1
 
@@ -344,6 +345,20 @@ def curves(log, key):
     return found
 
 
+def curves_alone(log, direction):
+    """Rank-1 of each stream alone in a direction -> {stream: [(epoch, share), ...]}."""
+    shares = []
+    for line in log:
+        streams = line.get("streams", {}).items()
+        alone = {name: record["rank-1"][direction] for name, record in streams}
+        shares.append({"epoch": line["epoch"], "rank-1": alone})
+    return curves(shares, "rank-1")
+
+
+def in_per_cent(points):
+    return [(epoch, 100 * share) for epoch, share in points]
+
+
 def positive(losses):
     """Curves without what no logarithmic axis can show."""
     kept = {}
@@ -356,7 +371,8 @@ def positive(losses):
 
 def draw_curves(log, title):
     """log: the lines of log.jsonl as dicts -> every loss by epoch (logarithmic) and, where it was
-    evaluated, Rank-1 in per cent. A line without "losses" adds none: older runs have such lines."""
+    evaluated, Rank-1 in per cent, thin that of each stream alone. A line without "losses" or
+    "streams" adds none: older runs have such lines."""
     losses = positive(curves(log, "losses"))
     values = [value for points in losses.values() for _, value in points]
     lowest, highest = min(values, default=1), max(values, default=1)
@@ -375,6 +391,7 @@ def draw_curves(log, title):
     panel = Panel(sheet, box, epochs, 0, 100, log=False)
     panel.draw_axes("test", "Rank-1 (%)")
     for direction, points in curves(log, "rank-1").items():
-        per_cent = [(epoch, 100 * share) for epoch, share in points]
-        panel.line(direction, per_cent)
+        panel.line(direction, in_per_cent(points))
+        for stream, points_alone in curves_alone(log, direction).items():
+            panel.line(f"  {stream} alone", in_per_cent(points_alone), thin=True)
     return sheet.reduce(SCALE // 2)

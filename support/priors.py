@@ -47,15 +47,25 @@ MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]    # ImageNet's
 STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
 
-def load_frames(path, number):
-    """`number` frames of a folder (not the masks/ beside them), evenly taken -> uint8 (N, 3, H, W).
-    Raises UserError."""
+def load_frames(path, number, generator):
+    """`number` frames of a folder (not the masks/ beside them), evenly taken, each cropped in its
+    own way -> (N, 3, H, W) in 0..1. Raises UserError."""
     paths = [frame for frames in find_footage(path).values() for frame in frames]
     if len(paths) < number:
         raise UserError(f"{len(paths)} frames under {path}; expected {number}: draw more walkers, "
                         "or lower --frames")
     chosen = [paths[i * len(paths) // number] for i in range(number)]
-    return torch.stack([read_frame(frame, FRAME) for frame in progress(chosen, "reading")])
+    return torch.stack([cropped(read_frame(frame, (2 * FRAME[0], 2 * FRAME[1])), generator)
+                        for frame in progress(chosen, "reading")])
+
+
+def cropped(frame, generator):
+    """uint8 frame (3, 2H, 2W) -> a piece of it, as boxes of detectors vary: (3, H, W) in 0..1."""
+    down, across, tall, wide = torch.rand(4, generator=generator).tolist()
+    rows, columns = round(128 * (0.85 + 0.15 * tall)), round(64 * (0.85 + 0.15 * wide))
+    top, left = round(down * (128 - rows)), round(across * (64 - columns))
+    piece = frame[None, :, top:top + rows, left:left + columns] / 255
+    return F.interpolate(piece, FRAME, mode="bilinear", antialias=True)[0]
 
 
 def enlarged(frames):
@@ -186,10 +196,10 @@ def main():
     args = command_line()
     check_writable(args.out)
     held_out = max(16, args.frames // 20)
-    frames = load_frames(args.data, args.frames + held_out) / 255
-    teacher = load_dinov2(args.dinov2, args.dinov2_weights)
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
+    frames = load_frames(args.data, args.frames + held_out, generator)
+    teacher = load_dinov2(args.dinov2, args.dinov2_weights)
     order = torch.randperm(len(frames), generator=generator)
     frames = frames[order]
     components, target = targets_of(teacher, frames)

@@ -72,6 +72,12 @@ def test_sasgl_losses(computed):
     agrees("loss_diversity", losses["diversity"] / 5)
 
 
+def test_the_streams_of_an_embedding(official, computed):
+    named = official.streams_of(computed["embedding"])
+    assert list(named) == ["gait", "appearance"]
+    assert all(torch.equal(parts, computed[name]) for name, parts in named.items())
+
+
 def test_embeddings_and_logits(computed):
     for stream in ("gait", "appearance"):
         agrees(stream, computed[stream].transpose(1, 2))

@@ -23,6 +23,7 @@ from lsmrl import (
 )
 from support.clip import CLIP, CLIP_MODELS, Attention, load_clip, read_clip
 from support.files import UserError
+from support.ranking import distances
 
 import pytest
 import torch
@@ -493,6 +494,22 @@ def test_embeddings_are_a_tracklet_s_own_and_the_bank_travels_with_the_checkpoin
     assert torch.equal(copy.embed(FRAMES, MODALITY), together)
     copy.bank.normal_()
     assert not torch.allclose(copy.embed(FRAMES, MODALITY), together, atol=1e-3)
+
+
+@pytest.mark.parametrize("switches", [{}, {"sd": False, "cmi": False}])
+@torch.no_grad()
+def test_the_streams_of_an_embedding_are_z_and_f(switches):
+    """All of it. The squares of their distances add up to that of both."""
+    model = small_model(**switches).eval()
+    embedding, (_, z, f) = model.embed(FRAMES, MODALITY), model.features(FRAMES, model.bank)
+    named = model.streams_of(embedding)
+    assert list(named) == ["z", "f"]
+    assert torch.equal(torch.cat(list(named.values()), dim=2), embedding)
+    for name, x in {"z": z, "f": f}.items():
+        assert torch.equal(named[name], F.normalize(x, dim=1)[:, None])
+    squares = [distances(alone, alone) ** 2 for alone in named.values()]
+    nearly(sum(squares).sqrt(), distances(embedding, embedding))
+    assert model.streams_of(named["z"]) == {}    # as of a subclass that embeds z alone
 
 
 def test_sd_starts_as_the_identity_and_learns():

@@ -9,7 +9,7 @@ import math
 from types import SimpleNamespace
 
 from data import load_dataset, normalise
-from evaluate import evaluate
+from evaluate import evaluate, table
 from layouts import tracks, write_hitsz
 from support.files import UserError
 from support.footage import read_frame
@@ -250,6 +250,15 @@ def test_distances_equal_a_plain_loop(Q, G, P, D):
     assert torch.equal(query, copies[0]) and torch.equal(gallery, copies[1])
 
 
+def test_the_distance_is_that_of_the_streams_weighted_by_their_parts():
+    query, gallery = features(26, 7, 4, 0), features(40, 7, 4, 1)
+    first = distances(query[:, :2], gallery[:, :2])
+    second = distances(query[:, 2:], gallery[:, 2:])
+    both = distances(query, gallery)
+    assert torch.allclose(both, (2 * first + 5 * second) / 7, rtol=1e-5)
+    assert not torch.allclose(both, (first + second) / 2, rtol=1e-5)
+
+
 @pytest.mark.parametrize("n", [1, 7, 25])
 def test_identical_features_are_at_distance_0(n):
     """Exactly 0 for few rows, and far rows stay far; features of usual size."""
@@ -292,6 +301,13 @@ class Averages(torch.nn.Module):
         return torch.stack([frames.mean((1, 3, 4)), frames.std((1, 3, 4))], dim=1)
 
 
+class Named(Averages):
+    """The same with two streams."""
+
+    def streams_of(self, embeddings):
+        return {"mean": embeddings[:, :1], "deviation": embeddings[:, 1:]}
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     root = tmp_path_factory.mktemp("small")
@@ -312,9 +328,36 @@ def test_each_tracklet_is_embedded_once_for_both_directions(small, batch):
     frames = [torch.stack([read_frame(t.frames[i], size) for i in (0, 6)]) for t in small.test]
     expected = Averages().embed(normalise(torch.stack(frames)), torch.zeros(40))
     assert torch.allclose(embeddings, expected, atol=1e-5)
-    for direction, (query, gallery) in small.directions.items():
-        distance = plain_distances(expected[query], expected[gallery])
-        pids = [[small.test[i].pid for i in side] for side in (query, gallery)]
-        cameras = [[small.test[i].camera for i in side] for side in (query, gallery)]
-        scores = plain_metrics(distance, *pids, *cameras)
+    for direction, scores in plain_scores(small, expected).items():
         assert results["directions"][direction] == pytest.approx(scores, abs=1e-6)
+
+
+def plain_scores(dataset, embeddings):
+    """{direction: its results} of plain_metrics."""
+    scores = {}
+    for direction, (query, gallery) in dataset.directions.items():
+        distance = plain_distances(embeddings[query], embeddings[gallery])
+        pids = [[dataset.test[i].pid for i in side] for side in (query, gallery)]
+        cameras = [[dataset.test[i].camera for i in side] for side in (query, gallery)]
+        scores[direction] = plain_metrics(distance, *pids, *cameras)
+    return scores
+
+
+def test_each_stream_is_ranked_alone_from_the_same_embeddings(small):
+    """Its figures are those of its parts, and nobody else's; who names no stream gets no row."""
+    config = SimpleNamespace(size=(32, 16), frames=2, test_frames=0, frame_rule="", test_batch=64,
+                             workers=0)
+    plain, _, _ = evaluate(Averages(), small, config, torch.device("cpu"))
+    model = Named()
+    results, embeddings, _ = evaluate(model, small, config, torch.device("cpu"))
+    assert len(model.seen) == len(small.test)
+    assert plain["streams"] == {} and "alone" not in table(plain)
+    assert results["directions"] == plain["directions"]
+    for part, name in enumerate(["mean", "deviation"]):
+        alone = results["streams"][name]
+        for direction, scores in plain_scores(small, embeddings[:, [part]]).items():
+            assert alone[direction] == pytest.approx(scores, abs=1e-6)
+        assert alone != results["directions"]
+    labels = [line[:20].rstrip() for line in table(results).splitlines()[1:]]
+    assert labels == ["infrared->visible", "  mean alone", "  deviation alone",
+                      "visible->infrared", "  mean alone", "  deviation alone"]

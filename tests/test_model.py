@@ -90,6 +90,28 @@ def test_ablations_remove_parts_and_losses(switches, parts):
         assert model.eval().embed(frames, BATCH["modality"]).shape == (4, parts, 16)
 
 
+class OneStream(DinoGRL):
+    """What a student may write: gait alone is compared."""
+
+    def embed(self, frames, modality):
+        return super().embed(frames, modality)[:, :35]
+
+
+@pytest.mark.parametrize("switches", [{}, {"pbmge": False}, {"strips": (1, 2, 4, 8)}])
+@torch.no_grad()
+def test_the_streams_of_an_embedding_are_those_it_was_made_of(switches):
+    """All of it, gait first. Where there is one alone, none is named."""
+    model = small_model(**switches).eval()
+    batch = torch.randn(4, 2, 3, 64, 32), BATCH["modality"]
+    embedding, (streams, _) = model.embed(*batch), model.streams(*batch)
+    named = model.streams_of(embedding)
+    assert list(named) == list(streams) == ["gait", "appearance"]
+    assert all(torch.equal(named[name], parts) for name, parts in streams.items())
+    assert torch.equal(torch.cat(list(named.values()), dim=1), embedding)
+    for other in small_model(gait=False), small_model(method=OneStream):
+        assert other.streams_of(other.eval().embed(*batch)) == {}
+
+
 def test_strips_run_from_top_to_bottom_and_time_is_a_maximum():
     maps = torch.zeros(1, 3, 1, 16, 8)
     maps[0, 1, 0, :4] = 2    # one frame, top quarter

@@ -182,6 +182,27 @@ def test_losses_are_drawn_and_what_is_shown_is_not():
     assert not np.array_equal(drawn(), drawn(losses={"loss": 1.0, "other": 0.1}))
 
 
+def test_each_stream_alone_is_a_thin_line():
+    """In a colour of its own, the next after its direction's; an evaluation without streams, as an
+    older version's, has no point of it."""
+    def drawn(*streams):
+        log = [{"epoch": epoch, "rank-1": {"there": 0.5, "back": 0.9}} for epoch in (1, 2, 3)]
+        for line in log[1:]:
+            line["streams"] = {name: {"rank-1": {"there": 0.1 * i, "back": 0.1 * i + 0.6}}
+                               for i, name in enumerate(streams, start=1)}
+        return np.asarray(draw_curves(log, "a title"))[:, 1240:]
+
+    def pixels(sheet):    # of each colour
+        return [is_colour(sheet, ImageColor.getrgb(colour)).sum() for colour in COLOURS[:6]]
+
+    sheet, plain = drawn("gait", "appearance"), drawn()
+    first, second = pixels(sheet[:, 420:440]), pixels(sheet[:, 720:740])    # between two points
+    assert min(second[0], second[3]) > max(second[1], second[2], second[4], second[5])
+    assert all(second) and all(pixels(sheet))
+    assert [number > 0 for number in first] == [True, False, False, True, False, False]
+    assert [number > 0 for number in pixels(plain)] == [True, True, False, False, False, False]
+
+
 def test_a_log_of_an_older_run_is_drawn_without_what_it_lacks():
     """Its losses stood beside the epoch: axes without them, and its Rank-1."""
     direction = "infrared->visible"

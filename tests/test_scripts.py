@@ -102,13 +102,14 @@ def test_a_run_leaves_what_it_promises(trained):
     assert names_in(folder) == ["config.json", "curves.png", "last.pt", "lock", "log.jsonl",
                                 "results.json", "silhouettes-1.png"]
     results = results_of(folder)
-    assert results.keys() == {"method", "dataset", "directions", "silhouette_iou", "seconds"}
+    assert results.keys() == {"method", "dataset", "directions", "streams", "silhouette_iou",
+                              "seconds"}
     assert results["dataset"] == "walkers" and 0 <= results["silhouette_iou"] <= 1
     assert results["directions"].keys() == DIRECTIONS
     for direction, r in results["directions"].items():
         assert f"{100 * r['mAP']:.2f}" in result.stdout and direction in result.stdout
     line, = log_of(folder)
-    assert line.keys() == {"epoch", "lr", "losses", "shown", "seconds", "rank-1", "mAP"}
+    assert line.keys() == {"epoch", "lr", "losses", "shown", "seconds", "rank-1", "mAP", "streams"}
     assert line["losses"].keys() == {
         "mask", "smooth_mask", "smooth_part", "diversity", "identity_gait", "triplet_gait",
         "identity_appearance", "triplet_appearance"}
@@ -118,6 +119,24 @@ def test_a_run_leaves_what_it_promises(trained):
     assert checkpoint.keys() == {"model", "optimizer", "scheduler", "scaler", "epoch", "config",
                                  "classes", "method", "random"}
     assert checkpoint["classes"] == [1, 2, 3, 4] and checkpoint["epoch"] == 1
+
+
+def test_each_stream_alone_is_in_the_table_the_results_and_the_log(trained, trained_lsmrl):
+    """Its rows stand below their direction's, with the same figures but the number of queries."""
+    for (folder, result), names in (trained, ["gait", "appearance"]), (trained_lsmrl, ["z", "f"]):
+        results, log = results_of(folder), log_of(folder)[-1]
+        assert list(results["streams"]) == list(log["streams"]) == names
+        lines = result.stdout.splitlines()
+        assert max(len(line) for line in lines if " alone " in line) <= 100
+        for direction, whole in results["directions"].items():
+            first = next(i for i, line in enumerate(lines) if line.startswith(direction))
+            for name, line in zip(names, lines[first + 1:first + 3], strict=True):
+                r = results["streams"][name][direction]
+                assert r.keys() == whole.keys() and r["queries"] == whole["queries"]
+                ranks = [f"{100 * r[key]:.2f}" for key in r if key not in ("queries", "gallery")]
+                assert line.split() == [name, "alone", *ranks]
+                for key in "rank-1", "mAP":
+                    assert log["streams"][name][key][direction] == r[key]
 
 
 def test_a_log_gets_one_line_an_epoch(trained, trained_lsmrl):
@@ -174,7 +193,7 @@ def test_an_evaluation_that_a_stop_has_cost_is_made_up_for(trained, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(trained[0], folder)
     line, = log_of(folder)
-    unevaluated = {key: line[key] for key in line.keys() - {"rank-1", "mAP"}}
+    unevaluated = {key: line[key] for key in line.keys() - {"rank-1", "mAP", "streams"}}
     # The second line was of an epoch that was not saved.
     lines = [unevaluated, {**line, "epoch": 2}]
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -221,6 +240,7 @@ def test_evaluate_reproduces_the_run_and_saves_embeddings(trained, tmp_path):
     for direction, r in results_of(folder)["directions"].items():
         # Another batch size rounds otherwise.
         assert again["directions"][direction] == pytest.approx(r, abs=0.06)
+    assert again["streams"].keys() == {"gait", "appearance"}
     saved = np.load(tmp_path / "e.npz")
     assert saved["embedding"].shape == (10, 70, 8) and saved["embedding"].dtype == np.float32
     assert len(saved["pid"]) == len(saved["camera"]) == 10
@@ -242,6 +262,7 @@ def test_ablations_and_precision_run(switch, few, tmp_path):
     folder = tmp_path / "run"
     succeeds(here("train.py", "--data", few, "--run", folder, *TINY, *switch.split()))
     assert (results_of(folder)["silhouette_iou"] is None) == (switch == "--gait off")
+    assert (results_of(folder)["streams"] == {}) == (switch == "--gait off")
 
 
 # -------------------------------------------- networks of the paper's size ----
@@ -261,7 +282,9 @@ def test_official_end_to_end(official_files, fewer, tmp_path):
     succeeds(run("evaluate.py", "--official", official_files, "--data", fewer, "--frames", 1,
                  "--save", tmp_path / "e.npz", "--json", tmp_path / "r.json", env=BOTH_CORES))
     assert np.load(tmp_path / "e.npz")["embedding"].shape == (4, 70, 256)
-    assert json_of(tmp_path / "r.json")["directions"]["infrared->visible"]["gallery"] == 2
+    results = json_of(tmp_path / "r.json")
+    for scores in results["directions"], *map(results["streams"].get, ("gait", "appearance")):
+        assert scores["infrared->visible"]["gallery"] == 2
     for name in ("best_model.pth", "best_model2.pth"):
         (tmp_path / name).symlink_to(official_files / name)
     shape = tmp_path / "best_shape.pth"

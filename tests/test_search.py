@@ -265,15 +265,19 @@ def test_a_benchmark_s_results_say_how_they_were_made(switch, embedded):
 
 @pytest.mark.parametrize("switch", ["", "--rerank", "--all-frames"])
 def test_a_benchmark_s_results_are_those_of_its_embeddings(switch, embedded):
+    """Both streams' and each one's alone."""
     _, _, results, saved = embedded[switch]
-    for direction, r in results["directions"].items():
-        query, gallery = [np.flatnonzero(saved["modality"] == m) for m in direction.split("->")]
-        features = torch.from_numpy(saved["embedding"][np.concatenate([query, gallery])])
-        everyone = distances(features, features)
-        distance = rerank(everyone, 20) if switch == "--rerank" else everyone[:20, 20:]
-        pid, camera = saved["pid"], saved["camera"]
-        expected = metrics(distance, pid[query], pid[gallery], camera[query], camera[gallery])
-        assert r == pytest.approx(expected, abs=1e-4)
+    whole, pid, camera = saved["embedding"], saved["pid"], saved["camera"]
+    z, f = np.split(whole, 2, axis=2)
+    streams = results["streams"]
+    for found, parts in (results["directions"], whole), (streams["z"], z), (streams["f"], f):
+        for direction, r in found.items():
+            query, gallery = [np.flatnonzero(saved["modality"] == m) for m in direction.split("->")]
+            features = torch.from_numpy(parts[np.concatenate([query, gallery])])
+            everyone = distances(features, features)
+            distance = rerank(everyone, 20) if switch == "--rerank" else everyone[:20, 20:]
+            expected = metrics(distance, pid[query], pid[gallery], camera[query], camera[gallery])
+            assert r == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_switches_change_the_results(embedded):
