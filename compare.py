@@ -57,7 +57,7 @@ from support.pictures import BLACK, COLOURS, GREY, GRID, SCALE, TEXT_SIZE, Panel
 
 from PIL import Image, ImageFont
 
-RANK_1, IOU = "Rank-1", "silhouette IoU"    # columns of the table
+RANK_1, IOU, GAIN = "Rank-1", "IoU", "minus the better stream"    # columns of the table
 CODE, DONE = "the method's file", "is done"    # beside options: no option's names
 
 
@@ -93,17 +93,6 @@ class Variant(NamedTuple):
     marks: dict
 
 
-def config_of(words):
-    """What train.py makes of its command line. What it would refuse there, it refuses here, before
-    anything is trained."""
-    typed, sys.argv = sys.argv, ["train.py", *words]
-    try:
-        config, *_ = train.read_command_line()
-    finally:
-        sys.argv = typed
-    return config
-
-
 def marks_of(config):
     """What tells whether a run that is there is the wanted one: its options, and the code of a
     method of one's own, which changes more often than its name. Without the seed, which the folder
@@ -128,7 +117,7 @@ def read_variant(text, for_all):
         given_here = [word for word in words if re.match("--(seed|run|resume)(=|$)", word)]
         if given_here:
             raise UserError(f"{given_here[0]} is for compare.py to give; see --seeds and --out")
-        config = config_of(words)
+        config, *_ = train.read_command_line(words)    # refuses now what it would refuse then
     except (UserError, ValueError) as error:
         raise UserError(f'variant "{name}": {error}') from None
     return Variant(name, slug, words, config, marks_of(config))
@@ -238,8 +227,11 @@ class Run:
                        "mAP": both(found["directions"], "mAP")}
             if found.get("silhouette_iou") is not None:
                 figures[IOU] = found["silhouette_iou"]
-            for stream, directions in (found.get("streams") or {}).items():
-                figures[f"{stream} alone"] = both(directions, "rank-1")
+            alone = {f"{stream} alone": both(directions, "rank-1")
+                     for stream, directions in (found.get("streams") or {}).items()}
+            figures.update(alone)
+            if alone:
+                figures[GAIN] = figures[RANK_1] - max(alone.values())
             return found["dataset"], float(found["seconds"]), figures
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{self.results_file} cannot be used ({error!r}); expected train.py's: "
@@ -287,17 +279,31 @@ T_QUANTILES = [
     2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
 
 
-def paired_difference(values, others):
-    """Figures of two variants, seed by seed -> the mean of their differences, and half the width of
-    its 95 % interval; 0 of a single seed, which has none."""
-    differences = [a - b for a, b in zip(values, others, strict=True)]
+def paired(values, others):
+    """Figures of two variants -> their differences, seed by seed."""
+    return [a - b for a, b in zip(values, others, strict=True)]
+
+
+def interval(differences):
+    """-> their mean, and half the width of its 95 % interval; 0 of a single seed, which has none.
+    """
     n = len(differences)
     half = T_QUANTILES[n - 2] * stdev(differences) / math.sqrt(n) if n > 1 else 0.0
     return mean(differences), half
 
 
-def spread(values, digits):
+def in_words(differences):
+    """"+1.2 (-0.3 to +2.7)"."""
+    middle, half = interval(differences)
+    ends = f" ({middle - half:+.1f} to {middle + half:+.1f})" if len(differences) > 1 else ""
+    return f"{middle:+.1f}{ends}"
+
+
+def spread(values, column):
     """"71.2 ± 1.3"; of one value itself."""
+    if column == GAIN:
+        return in_words(values)
+    digits = 2 if column == IOU else 1
     words = f"{mean(values):.{digits}f}"
     return f"{words} ± {stdev(values):.{digits}f}" if len(values) > 1 else words
 
@@ -321,13 +327,10 @@ def table(rows, dataset):
     last = [f"{RANK_1} minus that of {first}"] if others else []
     lines = [["", *columns, *last], ["---"] * (1 + len(columns) + len(last))]
     for name, row in rows.items():
-        cells = [spread(row[column], 2 if column == IOU else 1) if column in row else ""
-                 for column in columns]
+        cells = [spread(row[column], column) if column in row else "" for column in columns]
         lines.append([name, *cells, *[""] * len(last)])
         if name != first:
-            middle, half = paired_difference(row[RANK_1], rows[first][RANK_1])
-            interval = f" ({middle - half:+.1f} to {middle + half:+.1f})" if seeds > 1 else ""
-            lines[-1][-1] = f"{middle:+.1f}{interval}"
+            lines[-1][-1] = in_words(paired(row[RANK_1], rows[first][RANK_1]))
     escaped = [[printable(cell).replace("|", "\\|") for cell in line] for line in lines]
     words = "".join(f"| {' | '.join(line)} |\n" for line in escaped)
     command = printable(shlex.join(["python", "compare.py", *sys.argv[1:]]))
@@ -385,7 +388,7 @@ def draw(rows):
     if not others:
         return sheet.reduce(SCALE // 2)
 
-    differences = [paired_difference(values, scores[0]) for values in scores[1:]]
+    differences = [interval(paired(values, scores[0])) for values in scores[1:]]
     ends = [middle + side * half for middle, half in differences for side in (-1, 1)]
     has_interval = len(scores[0]) > 1
     title = f"minus that of {printable(first)}" + ", 95 % interval" * has_interval

@@ -599,19 +599,19 @@ def config_class(name):
     return method, make_dataclass("Config", [], bases=(method.Options, Config))
 
 
-def first_look():
+def first_look(words):
     """Which method and which run: they decide what other options there are."""
     parser = Parser(add_help=False)
     parser.add_argument("--method", default="")
     parser.add_argument("--resume", default="")
-    args, _ = parser.parse_known_args()
+    args, _ = parser.parse_known_args(words)
     return args.method, args.resume
 
 
-def read_command_line():
-    """-> the configuration, the method's class, the RunFolder, the checkpoint to go on from or
-    None. Raises UserError."""
-    method_name, resume = first_look()
+def read_command_line(words=None):
+    """words: of the command line, None for this process's own -> the configuration, the method's
+    class, the RunFolder, the checkpoint to go on from or None. Raises UserError."""
+    method_name, resume = first_look(words)
     checkpoint = read_checkpoint(resume) if resume else None
     if checkpoint:
         method_name = method_of(checkpoint, method_name, resume)
@@ -625,7 +625,7 @@ def read_command_line():
     runs.add_argument("--resume", metavar="RUN", help="a run's folder; other options given here "
                       "override its own")
     add_options(parser, kind, method.Options.small)
-    given = given_options(parser.parse_args())
+    given = given_options(parser.parse_args(words))
     preset, run_path = given.pop("preset", None), given.pop("run", None)
     empty = [name for name in ("method", "resume", "data") if given.get(name) == ""]
     if empty:

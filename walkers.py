@@ -68,7 +68,7 @@ UNIFORM = {
 # Argument of make_walkers: option, smallest and largest value, help.
 OPTIONS = {
     "train_identities": ("--identities", 1, 8000, "people to train on (96)"),
-    "test_identities": ("--test-identities", 1, 1999, "(60; with --identities: two thirds as many)"),
+    "test_identities": ("--test-identities", 1, 1999, "(60; or two thirds of --identities)"),
     "tracklets": ("--tracklets", 1, 999, "per identity and modality (4)"),
     "frames": ("--frames", 12, 9999, "per tracklet, at least 12 (12)"),
     "height": ("--height", 32, 2048, "pixels, give or take an eighth per camera (128)"),
@@ -96,7 +96,7 @@ def make_walker(seed, pid, uniform=False):
         probabilities = [plain] + [(1 - plain) / others] * others
         return Garment(
             pattern=one_of(pedestrian.PATTERNS, probabilities),
-            period=between(0.08, 0.16), duty=between(0.35, 0.6), level=between(0.06, 0.2))
+            period=between(0.12, 0.24), duty=between(0.35, 0.6), level=between(0.06, 0.2))
 
     # In this order: each line draws from the same stream.
     walker = Walker(
@@ -124,7 +124,7 @@ def make_paint(seed, pid, modality):
     """-> (roles, 2, C) in 0..1, C = 3 if visible, 1 if infrared; the second tone of a role is its
     pattern's. Independent between modalities, and of any brightness in both."""
     rng = np.random.default_rng([seed, OF_PAINT, pid, NUMBER[modality]])
-    low, gap, high = 0.05, 0.25, 0.95
+    low, gap, high = 0.05, 0.3, 0.95
     tones = rng.uniform(low, high - gap, (len(ROLES), 2))
     tones[:, 1] = rng.uniform(tones[:, 0] + gap, high)
     # Which of the two is the brighter?
@@ -187,7 +187,7 @@ def make_camera(seed, number, cameras, height):
     by_night = (by_night * lamp)[:, :, None]
     return Camera(
         place={"visible": by_day.astype(np.float32), "infrared": by_night.astype(np.float32)},
-        azimuth=azimuth, tilt=rng.uniform(0.06, 0.14), zoom=rng.uniform(0.722, 0.743),
+        azimuth=azimuth, tilt=rng.uniform(0.06, 0.14), zoom=rng.uniform(0.84, 0.86),
         light={"visible": rng.uniform(0.88, 1.0) * rng.uniform(0.96, 1.04, 3),
                "infrared": rng.uniform(0.93, 1.0, 1)},
         blur=rng.uniform(0.2, 0.6), noise=rng.uniform(0.008, 0.02),
@@ -195,8 +195,9 @@ def make_camera(seed, number, cameras, height):
 
 
 def exposed(rng, brightness):
-    """brightness in 0..1 -> as a lens and an hour show it: any range of at least a fifth."""
-    contrast = rng.uniform(0.2, 0.6)
+    """brightness in 0..1 -> as a lens and an hour show it: less contrast, any brightness. A lens
+    that looks at people blurs what is behind them."""
+    contrast = rng.uniform(0.1, 0.3)
     return rng.uniform(0.05, 0.95 - contrast) + contrast * brightness
 
 
@@ -271,7 +272,7 @@ def draw_place(rng, h, w, draw_wall):
     for y in horizon + (h - horizon) * np.linspace(0.1, 1, joints) ** 1.5:
         end = y + rng.uniform(-0.02, 0.02) * h
         pen.line([0, y, w, end], fill=tone(), width=1 + h // 100)
-    image = image.filter(ImageFilter.GaussianBlur(h / 100))
+    image = image.filter(ImageFilter.GaussianBlur(h / 40))
     return np.asarray(image, np.float32) / 255, horizon
 
 

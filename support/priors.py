@@ -42,36 +42,38 @@ import torch.nn.functional as F
 from torch import nn
 
 COMPONENTS = 48    # principal components of a level that the student is to give
-FRAME, SEEN = (64, 32), (280, 140)    # the frames' size, and what both networks see
+FRAME, SEEN = (64, 32), (280, 140)    # the student's frames, and what it sees them enlarged to
+SHARPER = 2    # the teacher's frames are so many times larger, before they are enlarged as well
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]    # ImageNet's
 STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
 
 def load_frames(path, number, generator):
     """`number` frames of a folder (not the masks/ beside them), evenly taken, each cropped in its
-    own way -> (N, 3, H, W) in 0..1. Raises UserError."""
+    own way -> (N, 3, 2H, 2W) in 0..1. Raises UserError."""
     paths = [frame for frames in find_footage(path).values() for frame in frames]
     if len(paths) < number:
         raise UserError(f"{len(paths)} frames under {path}; expected {number}: draw more walkers, "
                         "or lower --frames")
     chosen = [paths[i * len(paths) // number] for i in range(number)]
-    return torch.stack([cropped(read_frame(frame, (2 * FRAME[0], 2 * FRAME[1])), generator)
+    size = SHARPER * FRAME[0], SHARPER * FRAME[1]
+    return torch.stack([cropped(read_frame(frame, size), generator)
                         for frame in progress(chosen, "reading")])
 
 
 def cropped(frame, generator):
-    """uint8 frame (3, 2H, 2W) -> a piece of it, as boxes of detectors vary: (3, H, W) in 0..1."""
+    """uint8 frame (3, H, W) -> a piece of it, as boxes of detectors vary: (3, H, W) in 0..1."""
+    _, H, W = frame.shape
     down, across, tall, wide = torch.rand(4, generator=generator).tolist()
-    rows, columns = round(128 * (0.85 + 0.15 * tall)), round(64 * (0.85 + 0.15 * wide))
-    top, left = round(down * (128 - rows)), round(across * (64 - columns))
+    rows, columns = round(H * (0.85 + 0.15 * tall)), round(W * (0.85 + 0.15 * wide))
+    top, left = round(down * (H - rows)), round(across * (W - columns))
     piece = frame[None, :, top:top + rows, left:left + columns] / 255
-    return F.interpolate(piece, FRAME, mode="bilinear", antialias=True)[0]
+    return F.interpolate(piece, (H, W), mode="bilinear", align_corners=False)[0]
 
 
 def enlarged(frames):
-    """Frames (N, 3, H, W) in 0..1 -> normalised, as large as the networks see them."""
-    frames = (frames - MEAN) / STD
-    return F.interpolate(frames, SEEN, mode="bilinear", align_corners=False)
+    """Frames (N, 3, H, W) in 0..1 -> normalised, as large as both networks see them."""
+    return F.interpolate((frames - MEAN) / STD, SEEN, mode="bilinear", align_corners=False)
 
 
 def spoiled(frames, generator):
@@ -87,12 +89,12 @@ def spoiled(frames, generator):
     channel = torch.randint(3, (N,), generator=generator)
     single = frames[torch.arange(N), channel][:, None].expand_as(frames)
     frames = for_a_share(0.4, single, frames)
-    frames = for_a_share(0.2, 1 - frames, frames)
-    frames = (frames - 0.5) * drawn(0.6, 1.4) + 0.5 + drawn(-0.2, 0.2)
+    frames = for_a_share(0.1, 1 - frames, frames)
+    frames = (frames - 0.5) * drawn(0.7, 1.3) + 0.5 + drawn(-0.1, 0.1)
     blurred = F.avg_pool2d(frames, 3, 1, 1, count_include_pad=False)
     frames = for_a_share(0.3, blurred, frames)
     noise = torch.randn(frames.shape, generator=generator)
-    return (frames + drawn(0, 0.06) * noise).clamp(0, 1)
+    return (frames + drawn(0, 0.03) * noise).clamp(0, 1)
 
 
 def levels(dinov2, frames):
@@ -203,6 +205,7 @@ def main():
     order = torch.randperm(len(frames), generator=generator)
     frames = frames[order]
     components, target = targets_of(teacher, frames)
+    frames = F.avg_pool2d(frames, SHARPER)    # what the student gets
     student = Student()
     distil(student, frames[held_out:], target[:, held_out:], components.variance, args.steps,
            args.batch, lr=3e-3, generator=generator)

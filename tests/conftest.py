@@ -1,6 +1,9 @@
 """Tests run from the repository's root: `python -m pytest`."""
+import ctypes
+import gc
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,20 @@ def leave_little(tmp_path_factory):
             entry.unlink()
         elif entry.is_dir() and not entry.name.startswith("test_"):
             shutil.rmtree(entry)
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: looking for garbage there takes a second by the end."""
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def give_memory_back():
+    """Networks of the paper's size leave gigabytes to glibc (keep_memory in support/options.py),
+    and a process that holds them takes long to fork."""
+    yield
+    with suppress(OSError, AttributeError):    # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(scope="session")

@@ -2,20 +2,28 @@
 the same and is seconds sooner.
 
     run("train.py", "--data", ...)     a process -> its returncode, stdout, stderr
+    run_anew("train.py", ...)          the same without help, as a user starts it; seconds more
     here("train.py", "--data", ...)    main() through cli in this process -> the same three
     fails(result, *words)              exit code 2 and one line of error that holds the words
 """
+import atexit
+import functools
+import gc
 import io
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import data
 import evaluate
@@ -35,8 +43,6 @@ TINY_LSMRL = str.split(
     "--method lsmrl --preset small --epochs 1 --steps 2 --identities 2 --frames 2 "
     "--size 32 16 --groups 2")
 
-# For networks of the paper's size; tiny ones gain nothing by it, and disturb each other.
-BOTH_CORES = {"OMP_NUM_THREADS": "2"}
 # What hangs is to end some day; a busy machine is no reason to end.
 HOUR = 3600
 
@@ -47,8 +53,8 @@ def finished(returncode, stdout, stderr):
     return SimpleNamespace(returncode=returncode, stdout=stdout, stderr=stderr)
 
 
-def run(*command, cwd=ROOT, env=None):
-    """A script in a process of its own."""
+def run_anew(*command, cwd=ROOT, env=None):
+    """run() in a process that begins from nothing, as a user's does."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     ended = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=env, timeout=HOUR,
                            capture_output=True, stdin=subprocess.DEVNULL)
@@ -57,11 +63,93 @@ def run(*command, cwd=ROOT, env=None):
     return finished(ended.returncode, *texts)
 
 
+@functools.cache
+def driver():
+    """tests/driver.py's process, and the socket that takes its jobs. It ends when we do."""
+    ours, theirs = socket.socketpair()
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # stdout: no file, or Python would seek in what takes its place.
+    process = subprocess.Popen([sys.executable, ROOT / "tests" / "driver.py"], cwd=ROOT, env=env,
+                               stdin=theirs, stdout=theirs)
+    theirs.close()
+
+    def close():
+        ours.close()
+        process.wait()
+
+    atexit.register(close)
+    return ours
+
+
+class Job:
+    """A script that runs. out, err: files for what it prints."""
+
+    def __init__(self, out, err, job):
+        self.out, self.err = out, err
+        ours, theirs = socket.socketpair()
+        with theirs:
+            files = [theirs.fileno(), out.fileno(), err.fileno()]
+            socket.send_fds(driver(), [b"."], files)
+        self.channel = ours.makefile("rw")
+        ours.close()
+        self.send(json.dumps(job))
+
+    def send(self, line):
+        self.channel.write(line + "\n")
+        self.channel.flush()
+
+    def answer(self):
+        """"waiting", or the exit code."""
+        return self.channel.readline().strip()
+
+    def end(self):
+        """What it has left."""
+        returncode, texts = int(self.answer()), []
+        self.channel.close()
+        for file in self.out, self.err:
+            file.seek(0)
+            texts.append(file.read().decode(errors="backslashreplace"))
+            file.close()
+        return finished(returncode, *texts)
+
+
+def start(script, *words, cwd=ROOT, env=None, moments=(), limits=None, reader=False, files=()):
+    """A script in a process of its own -> its Job.
+
+    moments: see tests/driver.py. limits: {"RLIMIT_...": n}. reader: stdout is a pipe, which the
+    moment "close" breaks. files: where its output goes, if it matters."""
+    job = {"script": str(script), "words": list(map(str, words)), "cwd": str(cwd),
+           "env": env or {}, "moments": moments, "limits": limits or {}, "reader": reader}
+    return Job(*(files or [TemporaryFile(), TemporaryFile()]), job)
+
+
+def run(*command, **how):
+    """A script in a process of its own, which has torch from the beginning: seconds sooner."""
+    return start(*command, **how).end()
+
+
+def trained(*words, **moment):
+    """A run with at most one moment -> what it has left."""
+    result = run("train.py", *words, moments=[moment] if moment else [])
+    expected = {"SIGKILL": -9, "SIGINT": 130, "SIGTERM": 130}
+    assert result.returncode == expected.get(moment.get("what"), 0), result.stderr
+    assert "Traceback" not in result.stderr, result.stderr
+    return result
+
+
 def together(function, *arguments):
     """function(argument) of each, all at once, for what waits for processes: most of a short one
     is spent on one core, importing torch."""
     with ThreadPoolExecutor() as pool:
         return list(pool.map(function, arguments))
+
+
+def forget(error):
+    """Clears the frames that an error and what led to it hold. A loader among them ends its
+    processes now: found by the garbage collector, it would wait for each of them, five seconds."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 def here(script, *arguments):
@@ -72,10 +160,12 @@ def here(script, *arguments):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     sys.argv = [script, *map(str, arguments)]
     try:
-        with redirect_stdout(out), redirect_stderr(err):
+        # What is alive here now may be garbage later.
+        with redirect_stdout(out), redirect_stderr(err), patch.object(gc, "freeze"):
             cli(main)
     except SystemExit as stop:
         returncode = stop.code or 0
+        forget(stop)
     finally:
         sys.argv = argv
         for number, handler in handlers.items():

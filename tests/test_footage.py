@@ -10,6 +10,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
+from scripts import forget
 from support import footage
 from support.files import UserError
 from support.footage import FrameCache, find_footage, read_frame
@@ -413,8 +414,9 @@ def test_a_place_that_cannot_hold_a_cache_is_refused(special, make, frames, tmp_
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_unreadable_frame_is_named_and_leaves_no_cache(workers, make, frames, tmp_path):
     Path(frames[4]).write_bytes(b"no picture")
-    with pytest.raises(UserError, match=os.path.basename(frames[4])):
+    with pytest.raises(UserError, match=os.path.basename(frames[4])) as caught:
         make(workers=workers)
+    forget(caught.value)
     os.remove(frames[4])
     refused(make, frames[4], "--cache")
     assert os.listdir(tmp_path) == ["data"]

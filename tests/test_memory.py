@@ -7,15 +7,16 @@ from types import SimpleNamespace
 
 import train
 from data import load_dataset
-from scripts import TINY, TINY_LSMRL, edit, fails, here, run, same_bits, succeeds, tensors_of
+from scripts import TINY, TINY_LSMRL, edit, fails, here, same_bits, succeeds, tensors_of
 from support import clip, resnet
+from walkers import make_walkers
 
 import pytest
 import torch
 
 METHODS = {"dinogrl": TINY, "lsmrl": TINY_LSMRL}
 HEIGHT, WIDTH = 32, 16    # TINY_LSMRL's --size
-FRAMES = 4 * 8 * 12    # of the walkers' training tracklets
+FRAMES = 2 * 4 * 12    # of the walkers' training tracklets
 
 
 def trained(folder, *options):
@@ -35,6 +36,15 @@ def same_state(a, b):
 
 
 # ----------------------------------------------------------------- --cache ----
+
+@pytest.fixture(scope="module")
+def walkers(tmp_path_factory):
+    """Fewer of them than elsewhere: they are copied often."""
+    folder = tmp_path_factory.mktemp("fewer") / "walkers"
+    make_walkers(folder, train_identities=2, test_identities=2, tracklets=2, frames=12, height=64,
+                 cameras=2)
+    return folder
+
 
 @pytest.fixture(scope="module")
 def plain(walkers, tmp_path_factory):
@@ -131,7 +141,7 @@ def test_a_frame_is_kept_once_however_many_tracklets_show_it(walkers, tmp_path):
 
 
 def grow(made):
-    image = training_images(made.data)[200]
+    image = training_images(made.data)[40]
     change(image, image.read_bytes() + b"\0")    # an image still
 
 
@@ -143,7 +153,7 @@ def rename(made):
 
 
 def touch(made):
-    change(training_images(made.data)[200], later=1_000_000_000)
+    change(training_images(made.data)[40], later=1_000_000_000)
 
 
 def drop_tracklet(made):
@@ -205,12 +215,10 @@ def test_a_place_that_cannot_hold_a_cache_is_refused(walkers, tmp_path):
 def test_an_unreadable_frame_is_named_and_leaves_no_cache(workers, walkers, tmp_path):
     data, cache = writable(walkers, tmp_path), tmp_path / "caches" / "frames"
     cache.parent.mkdir()
-    frame = training_images(data)[250]    # whether or not a step would draw it
+    frame = training_images(data)[50]    # whether or not a step would draw it
     garbage(frame)
-    # In a process of its own where there are loader processes: torch waits for those that it left.
-    start = run if workers else here
     options = ["--data", data, *TINY_LSMRL, "--workers", workers, "--cache", cache]
-    fails(start("train.py", "--run", tmp_path / "run", *options), str(frame), "cannot be read")
+    fails(here("train.py", "--run", tmp_path / "run", *options), str(frame), "cannot be read")
     assert not list(cache.parent.iterdir())
 
 

@@ -3,16 +3,26 @@ a run of two is saved, resumed, evaluated; whoever dies takes the others along."
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import train
 from data import INFRARED, VISIBLE, IdentitySampler, Tracklet
-from scripts import HOUR, ROOT, TINY, fails, here, results_of, same_bits, succeeds, tensors_of
+from scripts import (
+    ROOT,
+    TINY,
+    fails,
+    here,
+    results_of,
+    same_bits,
+    start,
+    succeeds,
+    tensors_of,
+)
 from support import options, parallel
 from support.files import UserError
 from support.options import cli
@@ -25,17 +35,66 @@ import torch.distributed as dist
 SMALLER = ["--dino-size", "112", "56"]
 
 
-def torchrun(function, *arguments):
-    """A function of this file, in two processes -> torchrun's Popen, whose pipes they hold too."""
-    code = f"import sys, test_parallel; test_parallel.{function}(*sys.argv[1:])"
-    program = Path(arguments[0]) / f"{function}.py"
-    program.write_text(code)
-    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--", program]
-    return subprocess.Popen([*command, *map(str, arguments)], cwd=ROOT, text=True,
-                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path})
+TORCHRUN = "from torch.distributed.run import main; main()"
+# Its processes have torch already: seconds. They are its own children, in sessions of their own.
+FORKING_TORCHRUN = """
+import os
+import runpy
+import subprocess
+import sys
+
+import support.parallel
+
+import torch.distributed.run
+
+
+class Forked(subprocess.Popen):
+    def _execute_child(self, words, executable, preexec, close, pass_fds, cwd, env, *_):
+        self.pid, self._child_created = os.fork(), True
+        if self.pid == 0:
+            code = 1
+            try:
+                os.setsid()
+                support.parallel.parent = os.getppid()    # as if imported only now
+                os.environ.update(env)
+                sys.path[:0] = env["PYTHONPATH"].split(os.pathsep)
+                sys.argv = list(words[words.index("-u") + 1:])
+                runpy.run_path(sys.argv[0], run_name="__main__")
+            except SystemExit as stop:
+                code = stop.code
+            finally:    # torchrun's own frames are below
+                os._exit(code)
+
+
+handler = sys.modules["torch.distributed.elastic.multiprocessing.subprocess_handler."
+                      "subprocess_handler"]
+handler.Popen = Forked
+torch.distributed.run.main()
+"""
+
+
+class Torchrun:
+    """A function of this file, in two processes that torchrun starts."""
+
+    def __init__(self, function, folder, *arguments, forked=False):
+        program, torchrun = folder / f"{function}.py", folder / "torchrun.py"
+        code = f"import sys, test_parallel; test_parallel.{function}(*sys.argv[1:])"
+        program.write_text(code)
+        torchrun.write_text(FORKING_TORCHRUN if forked else TORCHRUN)
+        path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+        reader, writer = os.pipe()
+        self.out, self.err = os.fdopen(reader), TemporaryFile("w+")    # noqa: SIM115
+        with os.fdopen(writer) as out:
+            self.job = start(torchrun, "--nproc_per_node=2", "--", program, folder, *arguments,
+                             env={"PYTHONPATH": path}, files=[out, self.err])
+
+    def end(self):
+        """-> its exit code, and what all have printed."""
+        with self.out, self.err:
+            out = self.out.read()    # it ends when no process holds it any more
+            returncode = int(self.job.answer())
+            self.err.seek(0)
+            return returncode, out, self.err.read()
 
 
 def train_with(words):
@@ -130,9 +189,8 @@ def two(walkers, tmp_path_factory):
     commands = [[*new, "--run", whole, "--epochs", "2"], [*new, "--run", parts],
                 ["--resume", parts, "--epochs", "2"],
                 ["--data", str(folder / "nowhere"), "--run", str(folder / "refused")]]
-    process = torchrun("everything", folder, json.dumps(commands))
-    out, err = process.communicate(timeout=HOUR)
-    assert process.returncode == 1 and (folder / "steps-1.pt").exists(), err
+    returncode, out, err = Torchrun("everything", folder, json.dumps(commands)).end()
+    assert returncode == 1 and (folder / "steps-1.pt").exists(), err
     return folder, out, err
 
 
@@ -215,7 +273,7 @@ def dying(folder, who, *words):
         if number == 5 and who == "process" and rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         if number == 5 and who == "torchrun" and rank == 0:
-            os.kill(parallel.parent, signal.SIGKILL)
+            os.kill(os.getppid(), signal.SIGKILL)
             while os.getppid() == parallel.parent:
                 time.sleep(0.01)
         return augment(*arguments)
@@ -232,11 +290,11 @@ def test_the_death_of_torchrun_or_of_a_process_ends_all(walkers, tmp_path):
     for who in "torchrun", "process":
         folder = tmp_path / who
         folder.mkdir()
-        started[who] = torchrun("dying", folder, who, *endless, "--run", folder / "run")
+        started[who] = Torchrun("dying", folder, who, *endless, "--run", folder / "run",
+                                forked=True)
     for who, process in started.items():
-        # The pipes end when nobody holds them any more.
-        out, err = process.communicate(timeout=HOUR)
-        assert process.returncode == (-signal.SIGKILL if who == "torchrun" else 1), err
+        returncode, out, err = process.end()
+        assert returncode == (-signal.SIGKILL if who == "torchrun" else 1), err
         assert "2 x cpu" in out and "Everything is in" not in out
         assert "interrupted; " in err or "has lost the others" in err, err
         # The traceback of torchrun itself, where it lives, is its own.

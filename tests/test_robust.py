@@ -18,25 +18,19 @@ from scripts import (
     log_of,
     results_of,
     run,
+    run_anew,
     same_bits,
     succeeds,
     tensors_of,
     together,
+    trained,
 )
 from support.files import UserError
 from support.options import load_method
-from test_interrupt import Driver
 
 import pytest
 
 posix = pytest.mark.skipif(os.name == "nt", reason="a shell, forked processes, limits")
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    driver = Driver(tmp_path_factory.mktemp("driver"))
-    yield driver
-    driver.close()
 
 
 # ------------------------------------------------------------- streams ----
@@ -51,11 +45,11 @@ def shell(line):
 
 
 @posix
-def test_a_reader_that_goes_is_named_and_the_files_are_written(walkers, driver, tmp_path):
+def test_a_reader_that_goes_is_named_and_the_files_are_written(walkers, tmp_path):
     """As by | head -1: the first line is read, then nobody reads any more."""
     folder = tmp_path / "run"
-    result = driver.run("train.py", "--data", walkers, "--run", folder, *TINY_LSMRL, reader=True,
-                        moments=[{"at": "step", "number": 1, "what": "close"}])
+    result = run("train.py", "--data", walkers, "--run", folder, *TINY_LSMRL, reader=True,
+                 moments=[{"at": "step", "number": 1, "what": "close"}])
     fails(result, "standard output cannot be written", "| head")
     assert "disk" not in result.stderr and "permissions" not in result.stderr
     assert tensors_of(folder)["epoch"] == 1 and results_of(folder)["directions"]
@@ -64,9 +58,9 @@ def test_a_reader_that_goes_is_named_and_the_files_are_written(walkers, driver, 
 
 @posix
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
-def test_help_that_nobody_reads_is_no_traceback(script, driver):
+def test_help_that_nobody_reads_is_no_traceback(script):
     moments = [{"at": "start", "what": "close"}]
-    result = driver.run(script, "--help", reader=True, moments=moments)
+    result = run(script, "--help", reader=True, moments=moments)
     fails(result, "standard output cannot be written", "| head")
 
 
@@ -96,17 +90,17 @@ def test_a_closed_standard_error_ends_no_run(walkers, tmp_path):
 
 @posix
 @pytest.mark.parametrize("limit", [24, 34])
-def test_few_open_files_are_named(limit, walkers, driver, tmp_path):
-    result = driver.run("train.py", "--data", walkers, "--run", tmp_path / "run", *TINY_LSMRL,
-                        "--workers", 4, limits={"RLIMIT_NOFILE": limit})
+def test_few_open_files_are_named(limit, walkers, tmp_path):
+    result = run("train.py", "--data", walkers, "--run", tmp_path / "run", *TINY_LSMRL,
+                 "--workers", 4, limits={"RLIMIT_NOFILE": limit})
     fails(result, "too many open files; raise the limit (ulimit -n) or lower --workers")
 
 
 @posix
-def test_sigterm_stops_an_evaluation_too(walkers, driver, tmp_path):
-    driver.train("--data", walkers, "--run", tmp_path / "run", *TINY_LSMRL, "--epochs", 0)
-    result = driver.run("evaluate.py", "--checkpoint", tmp_path / "run", "--workers", 1,
-                        moments=[{"at": "embedding", "number": 2, "what": "SIGTERM"}])
+def test_sigterm_stops_an_evaluation_too(walkers, tmp_path):
+    trained("--data", walkers, "--run", tmp_path / "run", *TINY_LSMRL, "--epochs", 0)
+    result = run("evaluate.py", "--checkpoint", tmp_path / "run", "--workers", 1,
+                 moments=[{"at": "embedding", "number": 2, "what": "SIGTERM"}])
     assert result.returncode == 130 and not result.stdout
     assert result.stderr == "interrupted\n"
 
@@ -142,20 +136,27 @@ cli(main)
 @posix
 def test_a_child_that_is_ended_while_it_is_forked_ends(tmp_path):
     (tmp_path / "forking.py").write_text(FORKING)
-    result = run(tmp_path / "forking.py", env={"PYTHONPATH": str(ROOT)})
+    result = run_anew(tmp_path / "forking.py", env={"PYTHONPATH": str(ROOT)})
     assert result.returncode == 130
     assert result.stderr == "the child has ended\ninterrupted\n"
 
 
 # ------------------------------------------------------- start methods ----
 
-SITE = """
+BEGIN = """
 import multiprocessing
-import os
+import runpy
+import sys
 
-multiprocessing.set_start_method({method!r})
-with open({log!r}, "a") as file:
-    file.write("an interpreter begins\\n")
+multiprocessing.set_start_method(sys.argv[1])
+multiprocessing.set_forkserver_preload(["torch"])    # once, not in each process
+del sys.argv[:2]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+# Python runs it first, in every process that is not forked.
+SITE = """
+from pathlib import Path
+Path(__file__).with_name("begun").touch()
 """
 
 
@@ -171,9 +172,8 @@ def example_of(method):
 def scripts_under(start_method, folder, scripts, walkers):
     """Runs scripts whose processes begin in this way, for a method of one's own."""
     folder.mkdir()
-    log = folder / "log"
-    site = SITE.format(method=start_method, log=str(log))
-    (folder / "sitecustomize.py").write_text(site)
+    (folder / "begin.py").write_text(BEGIN)
+    (folder / "sitecustomize.py").write_text(SITE)
     (folder / "my_idea.py").write_text(example_of("LSMRL"))
     mine = ["--method", f"{folder / 'my_idea.py'}:Mine", "--workers", 1]
     words = {
@@ -181,14 +181,15 @@ def scripts_under(start_method, folder, scripts, walkers):
         "evaluate.py": ["--checkpoint", folder / "run", "--json", folder / "r.json", *mine],
         "data.py": [walkers]}
     for script in scripts:
-        succeeds(run(script, *words[script], env={"PYTHONPATH": str(folder)}))
-    # A forked process begins no interpreter.
-    begun = len(log.read_text().splitlines())
-    assert begun == len(scripts) if start_method == "fork" else begun > len(scripts)
+        succeeds(run(folder / "begin.py", start_method, ROOT / script, *words[script],
+                     env={"PYTHONPATH": str(folder)}))
+        begun = folder / "begun"
+        assert begun.exists() == (start_method != "fork"), script
+        begun.unlink(missing_ok=True)
 
 
 @posix
-def test_every_script_works_however_processes_begin(walkers, driver, tmp_path):
+def test_every_script_works_however_processes_begin(walkers, tmp_path):
     kinds = {"fork": ["data.py"], "spawn": ["train.py", "evaluate.py"],
              "forkserver": ["train.py", "data.py"]}
 
@@ -197,8 +198,8 @@ def test_every_script_works_however_processes_begin(walkers, driver, tmp_path):
 
     together(follow, *kinds)
     mine = f"{tmp_path / 'fork' / 'my_idea.py'}:Mine"
-    driver.train("--data", walkers, "--run", tmp_path / "fork" / "run", *TINY_LSMRL[2:],
-                 "--method", mine, "--workers", 1)
+    trained("--data", walkers, "--run", tmp_path / "fork" / "run", *TINY_LSMRL[2:],
+            "--method", mine, "--workers", 1)
     results = results_of(tmp_path / "fork" / "run")["directions"]
     for kind in "spawn", "forkserver":
         same_bits(tensors_of(tmp_path / "fork" / "run"), tensors_of(tmp_path / kind / "run"))
@@ -249,7 +250,7 @@ def test_threads_sleep_unless_the_user_has_chosen(tmp_path):
     assert {"train", "evaluate", "data", "walkers"} <= set(scripts)
 
     def ask(script):
-        result = run(tmp_path / "imports.py", script, json.dumps(given),
+        result = run_anew(tmp_path / "imports.py", script, json.dumps(given),
                      env={"PYTHONPATH": str(ROOT)})
         return [json.loads(line) for line in succeeds(result).stdout.splitlines()]
 

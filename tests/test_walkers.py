@@ -19,8 +19,10 @@ from PIL import Image
 
 SMALL = {"train_identities": 2, "test_identities": 2, "tracklets": 3, "frames": 12, "height": 48,
          "cameras": 2}
-SMALL_OPTIONS = ["--identities", 2, "--test-identities", 2, "--tracklets", 3, "--frames", 12,
-                 "--height", 48, "--cameras", 2]
+# For what happens to folders.
+LITTLE = SMALL | {"train_identities": 1, "tracklets": 1}
+LITTLE_OPTIONS = ["--identities", 1, "--test-identities", 2, "--tracklets", 1, "--frames", 12,
+                  "--height", 48, "--cameras", 2]
 SCRIPT = Path(walkers.__file__)
 
 
@@ -28,6 +30,13 @@ SCRIPT = Path(walkers.__file__)
 def small(tmp_path_factory):
     root = tmp_path_factory.mktemp("small") / "walkers"
     assert walkers.make_walkers(root, **SMALL)
+    return root
+
+
+@pytest.fixture(scope="module")
+def little(tmp_path_factory):
+    root = tmp_path_factory.mktemp("little") / "walkers"
+    assert walkers.make_walkers(root, **LITTLE)
     return root
 
 
@@ -230,10 +239,9 @@ def test_an_existing_folder_is_kept_or_refused_never_overwritten(small, tmp_path
 
 
 def test_an_empty_folder_is_filled(tmp_path):
-    few = SMALL | {"tracklets": 1, "test_identities": 1}
-    walkers.make_walkers(tmp_path / "w/deep", **few)
+    walkers.make_walkers(tmp_path / "w/deep", **LITTLE)
     (tmp_path / "empty").mkdir()
-    walkers.make_walkers(tmp_path / "empty", **few)
+    walkers.make_walkers(tmp_path / "empty", **LITTLE)
     assert contents(tmp_path / "w/deep") == contents(tmp_path / "empty")
 
 
@@ -246,7 +254,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, interruption):
 
     monkeypatch.setattr(walkers, "write_info", stop)
     with pytest.raises(interruption):
-        walkers.make_walkers(tmp_path / "w", **SMALL)
+        walkers.make_walkers(tmp_path / "w", **LITTLE)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -262,25 +270,25 @@ cli(walkers.main)
 
 @pytest.mark.skipif(os.name == "nt", reason="no such signals there")
 @pytest.mark.parametrize("name, code", [("SIGTERM", 130), ("SIGKILL", -9)])
-def test_a_killed_run_leaves_what_it_was_making_or_nothing(small, tmp_path, name, code):
+def test_a_killed_run_leaves_what_it_was_making_or_nothing(little, tmp_path, name, code):
     words = KILLS_ITSELF.format(name=name)
-    done = run(["-c", words, "w", *SMALL_OPTIONS], tmp_path, PYTHONPATH=SCRIPT.parent)
+    done = run(["-c", words, "w", *LITTLE_OPTIONS], tmp_path, PYTHONPATH=SCRIPT.parent)
     assert done.returncode == code
     left = os.listdir(tmp_path)
     if name == "SIGTERM":
         assert left == []
     else:
         assert len(left) == 1 and re.fullmatch(r"\.w\.making-\d+", left[0])
-    assert walkers.make_walkers(tmp_path / "w", **SMALL)
-    assert contents(tmp_path / "w") == contents(small)
+    assert walkers.make_walkers(tmp_path / "w", **LITTLE)
+    assert contents(tmp_path / "w") == contents(little)
 
 
-def test_a_leftover_with_our_number_is_in_nobody_s_way(small, tmp_path):
+def test_a_leftover_with_our_number_is_in_nobody_s_way(little, tmp_path):
     leftover = tmp_path / f".w.making-{os.getpid()}" / "info"
     leftover.mkdir(parents=True)
     (leftover / "stale.txt").write_text("stale")
-    assert walkers.make_walkers(tmp_path / "w", **SMALL)
-    assert contents(tmp_path / "w") == contents(small)
+    assert walkers.make_walkers(tmp_path / "w", **LITTLE)
+    assert contents(tmp_path / "w") == contents(little)
     assert os.listdir(tmp_path) == ["w"]
 
 
@@ -297,31 +305,31 @@ def arrive_during_drawing(monkeypatch, arrive):
 
 
 @pytest.mark.parametrize("empty_before", [False, True])
-def test_two_that_draw_the_same_at_once_both_go_on(small, tmp_path, monkeypatch, empty_before):
+def test_two_that_draw_the_same_at_once_both_go_on(little, tmp_path, monkeypatch, empty_before):
     if empty_before:
         (tmp_path / "w").mkdir()
     said = []
 
     def another_process():
-        done = script("w", *SMALL_OPTIONS, cwd=tmp_path)
+        done = script("w", *LITTLE_OPTIONS, cwd=tmp_path)
         said.append((done.returncode, done.stdout))
 
     arrive_during_drawing(monkeypatch, another_process)
-    assert not walkers.make_walkers(tmp_path / "w", **SMALL)
+    assert not walkers.make_walkers(tmp_path / "w", **LITTLE)
     (code, line), = said
-    assert code == 0 and "288 frames" in line
-    assert contents(tmp_path / "w") == contents(small)
+    assert code == 0 and "72 frames" in line
+    assert contents(tmp_path / "w") == contents(little)
     assert os.listdir(tmp_path) == ["w"]
 
 
 @pytest.mark.parametrize("what, words", [("other walkers", "seed=1.*seed=0"),
                                          ("other files", "something else")])
-def test_what_has_come_during_the_drawing_is_not_overwritten(small, tmp_path, monkeypatch, what,
+def test_what_has_come_during_the_drawing_is_not_overwritten(little, tmp_path, monkeypatch, what,
                                                              words):
     def arrive():
         if what == "other walkers":
-            shutil.copytree(small, tmp_path / "w")
-            made = json.loads((small / "walkers.json").read_text())
+            shutil.copytree(little, tmp_path / "w")
+            made = json.loads((little / "walkers.json").read_text())
             (tmp_path / "w" / "walkers.json").write_text(json.dumps(made | {"seed": 1}))
         else:
             (tmp_path / "w").mkdir()
@@ -331,7 +339,7 @@ def test_what_has_come_during_the_drawing_is_not_overwritten(small, tmp_path, mo
     before = {}
     arrive_during_drawing(monkeypatch, arrive)
     with pytest.raises(UserError, match=words):
-        walkers.make_walkers(tmp_path / "w", **SMALL)
+        walkers.make_walkers(tmp_path / "w", **LITTLE)
     assert before and contents(tmp_path / "w") == before
     assert os.listdir(tmp_path) == ["w"]
 
@@ -342,7 +350,7 @@ def test_what_has_come_during_the_drawing_is_not_overwritten(small, tmp_path, mo
 def test_a_wrong_number_is_refused_with_its_value(tmp_path, wrong):
     (name, value), = wrong.items()
     with pytest.raises(UserError, match=rf"{name}={value}; expected \d+"):
-        walkers.make_walkers(tmp_path / "w", **SMALL | wrong)
+        walkers.make_walkers(tmp_path / "w", **LITTLE | wrong)
     assert not (tmp_path / "w").exists()
 
 
@@ -362,16 +370,16 @@ def says_so_in_one_line(done):
     """On standard error there may be lines of a bar, where the machine is slow, but nothing that is
     for a terminal."""
     assert done.returncode == 0, done.stderr
-    one_line = r"w: 4 identities, 24 tracklets, 288 frames in .* s, \d+ frames/s\n"
+    one_line = r"w: 3 identities, 6 tracklets, 72 frames in .* s, \d+ frames/s\n"
     assert re.fullmatch(one_line, done.stdout)
-    assert re.fullmatch(r"(walkers \d/4 .*\n)*", done.stderr) and "\r" not in done.stderr
+    assert re.fullmatch(r"(walkers \d/3 .*\n)*", done.stderr) and "\r" not in done.stderr
 
 
-def test_the_script_makes_the_same_folder_and_says_so_in_one_line(small, tmp_path):
-    done = script("w", *SMALL_OPTIONS, cwd=tmp_path)
+def test_the_script_makes_the_same_folder_and_says_so_in_one_line(little, tmp_path):
+    done = script("w", *LITTLE_OPTIONS, cwd=tmp_path)
     says_so_in_one_line(done)
-    assert contents(tmp_path / "w") == contents(small)
-    again = script("w", *SMALL_OPTIONS, cwd=tmp_path)
+    assert contents(tmp_path / "w") == contents(little)
+    again = script("w", *LITTLE_OPTIONS, cwd=tmp_path)
     assert again.returncode == 0 and again.stdout == "w: these walkers are there already\n"
     assert os.listdir(tmp_path) == ["w"]
 
@@ -386,14 +394,14 @@ pathlib.Path(__file__).with_name("was-run").touch()
 
 
 @pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
-def test_processes_may_be_started_in_any_way(small, tmp_path, method):
+def test_processes_may_be_started_in_any_way(little, tmp_path, method):
     site = tmp_path / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(SITECUSTOMIZE.format(method=method))
-    done = script("w", *SMALL_OPTIONS, "--workers", 2, cwd=tmp_path, PYTHONPATH=site)
+    done = script("w", *LITTLE_OPTIONS, "--workers", 2, cwd=tmp_path, PYTHONPATH=site)
     assert (site / "was-run").exists()
     says_so_in_one_line(done)
-    assert contents(tmp_path / "w") == contents(small)
+    assert contents(tmp_path / "w") == contents(little)
 
 
 def test_torch_is_not_imported(tmp_path):
