@@ -143,12 +143,12 @@ class Options:
 
     # No option, but what --preset small changes, of these and of train.Config's options. A
     # laptop's CPU, minutes: a tiny distilled ViT, thin one-block ResNets, small frames.
-    small = {"epochs": 6, "steps": 45, "identities": 8, "tracklets": 2, "frames": 3,
-             "test_frames": 8, "workers": 0, "warmup_epochs": 0, "milestones": (4, 5), "lr": 3e-3,
-             "size": (64, 32), "erase": 0.0, "dinov2": "tiny", "resnet_weights": "random",
-             "mask_warmup": 60, "mask_lr": 5e-2, "dim": 64, "width": 8, "blocks": (1, 1, 1, 1),
-             "strips": (1, 2, 4, 8), "strides": (1, 2, 1, 1), "gait_strides": (2, 2, 1, 1),
-             "dino_size": (280, 140), "code_size": (32, 16)}
+    small = {"epochs": 6, "steps": 85, "identities": 8, "tracklets": 1, "frames": 3,
+             "test_frames": 8, "evaluate_every": 2, "workers": 0, "warmup_epochs": 0,
+             "milestones": (4, 5), "lr": 5e-3, "size": (128, 64), "erase": 0.0, "dinov2": "tiny",
+             "resnet_weights": "random", "mask_warmup": 80, "mask_lr": 5e-2, "dim": 64, "width": 8,
+             "blocks": (1, 1, 1, 1), "strips": (1, 2, 4, 8), "strides": (1, 1, 2, 1),
+             "gait_strides": (2, 1, 1, 1), "dino_size": (280, 140), "code_size": (32, 16)}
 
     def check(self):
         """Raises UserError for a configuration that cannot work. self is a run's whole

@@ -239,7 +239,7 @@ def training_data(config):
         config.data = os.path.join("runs", "walkers")
         with first_goes_first():
             if processes()[0] == 0:
-                walkers.make_walkers(config.data, test_identities=24)
+                walkers.make_walkers(config.data)
     return load_dataset(config.data, config.auxiliary)
 
 

@@ -10,6 +10,7 @@ and clothes; a camera is an angle, a place and a lens; only paint and place know
 
 What carries across: proportions, gait, cut, pattern, bag, hair. What does not: colours by day and
 reflectances by night are independent draws, and so is which of a pattern's tones is the brighter.
+`--uniform SHARE` dresses that share of the people alike: of them, body and gait alone carry across.
 All else (place, light, angle, size, blur, noise, quality) belongs to the camera or to chance.
 `python walkers.py DIR` writes, in the layout of HITSZ-VCM,
 
@@ -25,8 +26,9 @@ Quick question: would a network that learns colours do well here? (By day, yes. 
 would be at chance, as tests/test_walkers.py shows of mean colours and of small pictures.)
 
 Ours, not the papers': all but the layout. A good score here says that the code works, no more:
-- people are dark on bright places by day and bright on dark places by night, so that even a random
-  backbone finds silhouettes;
+- places are blurred and of little contrast, so that a small backbone may find silhouettes; but
+  people, clothes and places are of any brightness, by day and by night: neither "dark" nor "bright"
+  means a person;
 - every walker is alone, whole and centred, and comes towards the camera at 25 to 65 degrees: no
   crowd, no occlusion, no back.
 """

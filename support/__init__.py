@@ -19,7 +19,7 @@ import os
 # A thread of torch that waits for work spins, by default: on a busy machine it takes the processor
 # from the thread it waits for, and training is ten times slower. Passive threads sleep instead.
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
-    os.environ["OMP_WAIT_POLICY"] = "passive"
+    os.environ.update(OMP_WAIT_POLICY="passive", GOMP_SPINCOUNT="1000")
 
 # Or each process warns, before its first step, that it found no unused parameter.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

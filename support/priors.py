@@ -1,6 +1,6 @@
 """The small prior of the offline demo: DINOv2, distilled into a network a laptop can run.
 
-    python walkers.py runs/prior --seed 77 --identities 160 --test-identities 1 --tracklets 1
+    python walkers.py runs/prior --seed 77 --identities 300 --test-identities 1 --tracklets 1
     python -m support.priors dinov2 --data runs/prior/Train --dinov2-weights FILE
 
 Distillation (Hinton et al., 2015) trains a small network, the student, to say what a large one, the
@@ -9,7 +9,7 @@ pictures - here: which patches of an image belong together, and to what - is far
 student could find out from a few hundred synthetic people; but that it can be *imitated* on such
 people by a network a two-hundredth of its size is quite another thing, and true.
 
-    frames (N,3,64,32) -> enlarged to 280x140 -+-> teacher, 12 blocks of 384 -> tokens of 4 levels
+    frames (N,3,128,64)-> enlarged to 280x140 -+-> teacher, 12 blocks of 384 -> tokens of 4 levels
                                                |     -> layer norm -> 48 principal components --+
                        -> a spoiled view ------+-> student, 4 blocks of 32 -> tokens            loss
                                                      -> a linear map of each level -------------+
@@ -42,22 +42,20 @@ import torch.nn.functional as F
 from torch import nn
 
 COMPONENTS = 48    # principal components of a level that the student is to give
-FRAME, SEEN = (64, 32), (280, 140)    # the student's frames, and what it sees them enlarged to
-SHARPER = 2    # the teacher's frames are so many times larger, before they are enlarged as well
+FRAME, SEEN = (128, 64), (280, 140)    # the frames' size, and what both networks see
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]    # ImageNet's
 STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
 
 def load_frames(path, number, generator):
     """`number` frames of a folder (not the masks/ beside them), evenly taken, each cropped in its
-    own way -> (N, 3, 2H, 2W) in 0..1. Raises UserError."""
+    own way -> (N, 3, H, W) in 0..1. Raises UserError."""
     paths = [frame for frames in find_footage(path).values() for frame in frames]
     if len(paths) < number:
         raise UserError(f"{len(paths)} frames under {path}; expected {number}: draw more walkers, "
                         "or lower --frames")
     chosen = [paths[i * len(paths) // number] for i in range(number)]
-    size = SHARPER * FRAME[0], SHARPER * FRAME[1]
-    return torch.stack([cropped(read_frame(frame, size), generator)
+    return torch.stack([cropped(read_frame(frame, FRAME), generator)
                         for frame in progress(chosen, "reading")])
 
 
@@ -185,8 +183,8 @@ def command_line():
     parser.add_argument("--dinov2", metavar="NAME", help="the teacher (dinov2_vits14)")
     parser.add_argument("--dinov2-weights", metavar="FILE", help="its tensors, not the download")
     parser.add_argument("--out", metavar="FILE", help="where the student goes (tiny_dinov2.pt)")
-    for name, default, text in (("frames", 1600, "to learn from; a twentieth more is held out"),
-                                ("steps", 1500, "of training"), ("batch", 16, "frames of a step"),
+    for name, default, text in (("frames", 2400, "to learn from; a twentieth more is held out"),
+                                ("steps", 8000, "of training"), ("batch", 16, "frames of a step"),
                                 ("seed", 1, "of the student and of what it sees")):
         parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{text} ({default})")
         parser.set_defaults(**{name: default})
@@ -205,7 +203,6 @@ def main():
     order = torch.randperm(len(frames), generator=generator)
     frames = frames[order]
     components, target = targets_of(teacher, frames)
-    frames = F.avg_pool2d(frames, SHARPER)    # what the student gets
     student = Student()
     distil(student, frames[held_out:], target[:, held_out:], components.variance, args.steps,
            args.batch, lr=3e-3, generator=generator)
