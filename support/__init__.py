@@ -17,7 +17,8 @@ that this one is read first, for what has to be set before torch is there.
 import os
 
 # A thread of torch that waits for work spins, by default: on a busy machine it takes the processor
-# from the thread it waits for, and training is ten times slower. Passive threads sleep instead.
+# from the thread it waits for, and training is ten times slower. A passive thread sleeps instead;
+# after a thousand looks, or small networks are a quarter slower on an idle machine (docs/speed.md).
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
     os.environ.update(OMP_WAIT_POLICY="passive", GOMP_SPINCOUNT="1000")
 

@@ -222,7 +222,8 @@ class AtTorch:
     @staticmethod
     def find_spec(name, path=None, target=None):
         if name == "torch":
-            found = ["support" in sys.modules, os.environ.get("OMP_WAIT_POLICY")]
+            found = ["support" in sys.modules, os.environ.get("OMP_WAIT_POLICY"),
+                     os.environ.get("GOMP_SPINCOUNT")]
             print(json.dumps(found), flush=True)
             os._exit(0)
 
@@ -242,8 +243,8 @@ for given in json.loads(sys.argv[2]):
 
 @posix
 def test_threads_sleep_unless_the_user_has_chosen(tmp_path):
-    """libgomp reads the variable when torch is imported, and never again."""
-    given = [{}, {"GOMP_SPINCOUNT": "1000"}, {"OMP_WAIT_POLICY": "active"}]
+    """libgomp reads the variables when torch is imported, and never again."""
+    given = [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}]
     (tmp_path / "imports.py").write_text(IMPORTS)
     scripts = [path.stem for path in ROOT.glob("*.py")
                if "cli(main)" in path.read_text(encoding="utf-8")]
@@ -255,7 +256,7 @@ def test_threads_sleep_unless_the_user_has_chosen(tmp_path):
         return [json.loads(line) for line in succeeds(result).stdout.splitlines()]
 
     for script, found in zip(scripts, together(ask, *scripts), strict=True):
-        expected = [[True, "passive"], [True, None], [True, "active"]]
+        expected = [[True, "passive", "1000"], [True, None, "7"], [True, "active", None]]
         assert found == ([None] * 3 if script == "walkers" else expected), script
 
 
