@@ -227,7 +227,7 @@ def load_dinov2(name, weights=None, pretrained=True):
 
 def fetch_official(name):
     """The official tensors of that name by torch.hub. Raises UserError."""
-    ways_out = ("give its official file by --dinov2-weights FILE, or take --dinov2 tiny (random, "
+    ways_out = ("give its official file by --dinov2-weights FILE, or take --dinov2 tiny (small, "
                 "for trying out)")
 
     def fetch():

@@ -1,6 +1,6 @@
 """The small prior of the offline demo: DINOv2, distilled into a network a laptop can run.
 
-    python walkers.py runs/prior --seed 77 --identities 300 --test-identities 1 --tracklets 1
+    python walkers.py runs/prior --seed 77 --identities 300 --tracklets 1 --cameras 99
     python -m support.priors dinov2 --data runs/prior/Train --dinov2-weights FILE
 
 Distillation (Hinton et al., 2015) trains a small network, the student, to say what a large one, the
@@ -19,11 +19,13 @@ Three choices make it work in minutes:
   tokens differ most hold nearly all of what tells one patch from another; the rest is dropped.
 - *Four levels.* SASGL reads tokens after 1/4, 2/4, 3/4 and all of the blocks: each has its target.
 - *Spoiled views.* The teacher sees the clean frame; the student one with another brightness,
-  contrast, noise, a single channel, or inverted. What it learns to say holds for all of them, and
-  so by day and by night.
+  contrast, blur, noise, a single channel, or inverted. What it learns to say holds for all of them,
+  and so by day and by night.
 
 Each level's loss is the share of the variance that is not explained; the last line says, on frames
-that neither has trained on, what share is.
+that it has not trained on, what share is. They are of the same people and places, though: what
+counts is the share on walkers of another seed (tests/test_priors.py). Many places (--cameras 99) do
+more for that than more frames of a few.
 
 Quick question: why not simply use the teacher in the demo? (It takes a hundred times as long. The
 student's whole forward pass costs less than the teacher's first layer.)
@@ -183,7 +185,7 @@ def command_line():
     parser.add_argument("--dinov2", metavar="NAME", help="the teacher (dinov2_vits14)")
     parser.add_argument("--dinov2-weights", metavar="FILE", help="its tensors, not the download")
     parser.add_argument("--out", metavar="FILE", help="where the student goes (tiny_dinov2.pt)")
-    for name, default, text in (("frames", 2400, "to learn from; a twentieth more is held out"),
+    for name, default, text in (("frames", 3200, "to learn from; a twentieth more is held out"),
                                 ("steps", 8000, "of training"), ("batch", 16, "frames of a step"),
                                 ("seed", 1, "of the student and of what it sees")):
         parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{text} ({default})")
