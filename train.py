@@ -572,7 +572,10 @@ def report(model, dataset, config, device, run, epoch):
         drawn = draw_pictures(model, dataset, config, device, run, epoch)
         if run.log:
             run.write_log()    # last: what the log holds is not caught up on
-        say(f"\n{table(results)}\nEverything is in {printable(run.path)}{os.sep}{drawn}")
+        words = f"\n{table(results)}\n"
+        if epoch == config.epochs:
+            words += f"Everything is in {printable(run.path)}{os.sep}{drawn}"
+        say(words)
     wait_for_all()
 
 
