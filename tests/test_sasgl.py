@@ -192,7 +192,8 @@ def test_values_gradients_and_statistics_equal_the_literal_form(training, monkey
     assert len(want_gradients) == 10    # all of the three branches'
     for name, value in vars(want).items():
         torch.testing.assert_close(getattr(got, name), value, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(got_gradients, want_gradients, rtol=1e-4, atol=1e-5)
+    # A bias in front of a batch norm has no gradient but the rounding of larger terms.
+    torch.testing.assert_close(got_gradients, want_gradients, rtol=1e-4, atol=1e-4)
     buffers = dict(net.named_buffers())
     assert training == (buffers["appearance_branch.bn_t.num_batches_tracked"] == 1)
     torch.testing.assert_close(buffers, literal.buffers, rtol=1e-5, atol=1e-6)
