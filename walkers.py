@@ -197,8 +197,7 @@ def make_camera(seed, number, cameras, height):
 
 
 def exposed(rng, brightness):
-    """brightness in 0..1 -> as a lens and an hour show it: less contrast, any brightness. A lens
-    that looks at people blurs what is behind them."""
+    """brightness in 0..1 -> as an hour of the day shows it: less contrast, any brightness."""
     contrast = rng.uniform(0.1, 0.3)
     return rng.uniform(0.05, 0.95 - contrast) + contrast * brightness
 
@@ -274,6 +273,7 @@ def draw_place(rng, h, w, draw_wall):
     for y in horizon + (h - horizon) * np.linspace(0.1, 1, joints) ** 1.5:
         end = y + rng.uniform(-0.02, 0.02) * h
         pen.line([0, y, w, end], fill=tone(), width=1 + h // 100)
+    # A lens that looks at people blurs what is behind them.
     image = image.filter(ImageFilter.GaussianBlur(h / 40))
     return np.asarray(image, np.float32) / 255, horizon
 

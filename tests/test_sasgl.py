@@ -193,7 +193,10 @@ def test_values_gradients_and_statistics_equal_the_literal_form(training, monkey
     for name, value in vars(want).items():
         torch.testing.assert_close(getattr(got, name), value, rtol=1e-4, atol=1e-5)
     # A bias in front of a batch norm has no gradient but the rounding of larger terms.
-    torch.testing.assert_close(got_gradients, want_gradients, rtol=1e-4, atol=1e-4)
+    bias = "appearance_branch.down_sampling.bias"
+    got_bias, want_bias = got_gradients.pop(bias), want_gradients.pop(bias)
+    torch.testing.assert_close(got_bias, want_bias, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got_gradients, want_gradients, rtol=1e-4, atol=1e-5)
     buffers = dict(net.named_buffers())
     assert training == (buffers["appearance_branch.bn_t.num_batches_tracked"] == 1)
     torch.testing.assert_close(buffers, literal.buffers, rtol=1e-5, atol=1e-6)
