@@ -58,6 +58,7 @@ from support.pictures import BLACK, COLOURS, GREY, GRID, SCALE, TEXT_SIZE, Panel
 from PIL import Image, ImageFont
 
 RANK_1, IOU, GAIN = "Rank-1", "IoU", "minus the better stream"    # columns of the table
+ALONE = " alone"    # the end of those of a stream
 CODE, DONE = "the method's file", "is done"    # beside options: no option's names
 
 
@@ -227,7 +228,7 @@ class Run:
                        "mAP": both(found["directions"], "mAP")}
             if found.get("silhouette_iou") is not None:
                 figures[IOU] = found["silhouette_iou"]
-            alone = {f"{stream} alone": both(directions, "rank-1")
+            alone = {stream + ALONE: both(directions, "rank-1")
                      for stream, directions in (found.get("streams") or {}).items()}
             figures.update(alone)
             if alone:
@@ -347,7 +348,7 @@ def table(rows, dataset):
 
 class Chart(Panel):
     """Values from left to right, a row for each variant from top to bottom."""
-    ROW = 34
+    ROW = 46
 
     def __init__(self, sheet, left, rows, title, values):
         low, high = min(values), max(values)
@@ -369,22 +370,38 @@ class Chart(Panel):
         return self.top + self.ROW * (row + 0.5)
 
 
+def draw_scores(sheet, rows, font):
+    """The left half: Rank-1 of each seed and its mean, of the whole and of each stream alone."""
+    columns = dict.fromkeys(column for row in rows.values() for column in row)
+    columns = [RANK_1, *(column for column in columns if column.endswith(ALONE))]
+    colours = dict(zip(columns, COLOURS, strict=False))
+    values = [row.get(column, []) for row in rows.values() for column in columns]
+    chart = Chart(sheet, 170, len(rows), "", sum(values, []))
+    x = chart.left
+    for column, colour in colours.items():
+        words = f"{RANK_1} (%)" if column == RANK_1 else column
+        chart.dot(x + 4, 24, colour, 4)
+        chart.text(x + 14, 24, words, "lm")
+        x += 40 + font.getlength(words)
+    for i, (name, row) in enumerate(rows.items()):
+        chart.text(chart.left - 10, chart.y_of(i), elided(printable(name), 150, font), "rm")
+        for j, column in enumerate(columns):
+            y = chart.y_of(i) + 12 * (j - (len(columns) - 1) / 2)
+            for value in row.get(column, []):
+                chart.dot(chart.x_of(value), y, colours[column])
+            if column in row:
+                middle = chart.x_of(mean(row[column]))
+                chart.stroke([(middle, y - 5), (middle, y + 5)], BLACK, 3)
+
+
 def draw(rows):
-    """rows: see rows_of -> a PIL image: each seed's Rank-1 and the mean; the paired differences to
-    the first variant with their intervals, grey where they hold 0."""
+    """rows: see rows_of -> a PIL image: each seed's Rank-1 as a dot, the means as bars; the paired
+    differences to the first variant with their intervals, grey where they hold 0."""
     first, *others = rows
     scores = [row[RANK_1] for row in rows.values()]
     sheet = Image.new("RGB", (SCALE * 1016, SCALE * (76 + Chart.ROW * len(rows))), "white")
-    title = f"{RANK_1} (%): a dot for each seed, a bar for their mean"
-    chart = Chart(sheet, 170, len(rows), title, sum(scores, []))
     font = ImageFont.load_default(TEXT_SIZE)
-    for i, (name, row) in enumerate(rows.items()):
-        y = chart.y_of(i)
-        chart.text(chart.left - 10, y, elided(printable(name), 150, font), "rm")
-        middle = chart.x_of(mean(row[RANK_1]))
-        chart.stroke([(middle, y - 11), (middle, y + 11)], BLACK, 3)
-        for value in row[RANK_1]:
-            chart.dot(chart.x_of(value), y, COLOURS[0])
+    draw_scores(sheet, rows, font)
     if not others:
         return sheet.reduce(SCALE // 2)
 
@@ -395,7 +412,7 @@ def draw(rows):
     chart = Chart(sheet, 606, len(rows), elided(title, 380, font), [0, *ends])
     chart.stroke([(chart.x_of(0), chart.top), (chart.x_of(0), chart.bottom)], BLACK)
     for i, (middle, half) in enumerate(differences, 1):
-        colour = COLOURS[1] if has_interval and abs(middle) > half else GREY
+        colour = COLOURS[0] if has_interval and abs(middle) > half else GREY
         y = chart.y_of(i)
         chart.stroke([(chart.x_of(middle + side * half), y) for side in (-1, 1)], colour, 3)
         chart.dot(chart.x_of(middle), y, colour, 5)

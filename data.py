@@ -1,10 +1,12 @@
 """Tracklets: both benchmarks read from disk, frames and identities sampled, batches augmented.
 
-    --data PATH -> load_dataset -> Dataset: train and test tracklets, who is searched for whom
+    --data PATH -> load_dataset -> Dataset: train and test tracklets; for each direction, which
+                                            test tracklets are queries and which are the gallery
        train: IdentitySampler: P identities x K tracklets x 2 modalities -> Frames -> augment
        test:  every test tracklet once, in order                         -> Frames -> normalise
 
-What comes out of either: float32 frames (B, T, 3, H, W) and modality (B,), 0 visible, 1 infrared.
+What comes out of either: float32 frames (B, T, 3, H, W), modality (B,), 0 visible, 1 infrared, and
+index (B,): each tracklet's place among the train or the test tracklets.
 PATH may be HITSZ-VCM or BUPTCampus; which one is seen from its files (docs/data.md). `python
 data.py PATH` prints the statistics and every problem: run it once before the first training.
 
@@ -24,6 +26,7 @@ import os
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import partial
 
 from support.files import UserError, printable, read_lines
 from support.footage import read_frame
@@ -55,7 +58,7 @@ class Dataset:
     both indices into test.
 
     ignore_same_camera: a gallery tracklet with the query's pid and camera does not count.
-    test_frames: which frames the protocol takes, a name of FRAME_RULES. missing: listed frames that
+    frame_rule: which frames the protocol takes, a name of FRAME_RULES. missing: listed frames that
     are no files. problems: why it cannot be used. notes: what one should know."""
     name: str
     root: str
@@ -63,7 +66,7 @@ class Dataset:
     test: list = field(default_factory=list)
     directions: dict = field(default_factory=dict)
     ignore_same_camera: bool = False
-    test_frames: str = "chunks"
+    frame_rule: str = "chunks"
     missing: list = field(default_factory=list)
     problems: list = field(default_factory=list)
     notes: list = field(default_factory=list)
@@ -78,8 +81,9 @@ class Dataset:
 # ------------------------------------------------------------- HITSZ-VCM ----
 
 HITSZ_LISTS = "track_train_info.txt", "track_test_info.txt", "train_name.txt", "test_name.txt"
-# 0001M2D3T1F1.jpg: pid, M modality, D camera, T track (which has no folder), F file. Numbers may be
-# padded or not, so the letters decide.
+# 0001M2D3T1F1.jpg: pid, M modality, D camera, T track, F file. It is the file
+# Train/0001/rgb/D3/1.jpg: a track has no folder. Numbers may be padded or not, so the letters
+# decide.
 HITSZ_NAME = re.compile(r"(\d{1,9})M([12])D(\d{1,9})T\d+F([^/\\]+)")
 HITSZ_MODALITY = {1: INFRARED, 2: VISIBLE}
 HITSZ_FOLDER = {1: "ir", 2: "rgb"}
@@ -91,37 +95,41 @@ def is_walkers(path):
     return os.path.isfile(os.path.join(path, "walkers.json"))
 
 
-def read_hitsz(root, info):
-    """HITSZ-VCM -> Dataset. info: where its txt files lie (they may lie in root itself)."""
+def read_hitsz(root, info, auxiliary):
+    """HITSZ-VCM -> Dataset. info: where its txt files lie (they may lie in root itself). auxiliary:
+    not used, it has no such set."""
     name = "walkers" if is_walkers(root) else "HITSZ-VCM"
     dataset = Dataset(name, root, ignore_same_camera=True)
     rows = {split: read_hitsz_tracks(dataset, info, split) for split in ("train", "test")}
     query_rows = read_hitsz_queries(dataset, info, rows["test"])
     dataset.train = [t for t in rows["train"] if t and len(t.frames) >= SHORTEST]
 
-    # Short tracks are dropped only now: query_IDX counts rows of the whole file. The queries are
-    # also the gallery of visible->infrared; an infrared row that is no query is in neither.
-    infrared, visible, left_out = [], [], 0
+    # Short test tracks are dropped after the queries are read: query_IDX counts rows of the whole
+    # file. The queries are also the gallery of visible->infrared. An infrared row that is no query
+    # is embedded, but stands in no direction.
+    infrared, visible, in_no_direction = [], [], 0
     for row, tracklet in enumerate(rows["test"]):
         if not tracklet or len(tracklet.frames) < SHORTEST:
             continue
         place = len(dataset.test)
         dataset.test.append(tracklet)
-        if row in query_rows:
+        if row in query_rows:    # queries are infrared
             infrared.append(place)
         elif tracklet.modality == VISIBLE:
             visible.append(place)
         else:
-            left_out += 1
+            in_no_direction += 1
     dataset.directions = {DIRECTIONS[0]: (infrared, visible), DIRECTIONS[1]: (visible, infrared)}
 
     for split, kept in (("train", dataset.train), ("test", dataset.test)):
-        dropped, total = len(rows[split]) - len(kept), len(rows[split])
+        total = len([t for t in rows[split] if t])    # a wrong row is among the problems already
+        dropped = total - len(kept)
         if dropped:
             dataset.notes.append(f"{split}: {dropped:,} of {total:,} tracks have under {SHORTEST} "
                                  "frames: dropped")
-    if left_out:
-        dataset.notes.append(f"{left_out} infrared test rows are in no query: left out")
+    if in_no_direction:
+        dataset.notes.append(f"{in_no_direction} infrared test rows are no queries: embedded, but "
+                             "in no direction")
     return dataset
 
 
@@ -135,8 +143,8 @@ def hitsz_folder(root, split):
 
 
 def read_hitsz_names(dataset, info, split):
-    """train_name.txt or test_name.txt -> per line (path of the frame, its (pid, M, camera)), or
-    None where the line is wrong."""
+    """train_name.txt or test_name.txt -> a list with an item for each line: (path of the frame,
+    (pid, m, camera)), or None where the line is wrong. m: 1 infrared, 2 visible."""
     folder, names_file, entries = hitsz_folder(dataset.root, split), f"{split}_name.txt", []
     for number, line in enumerate(read_lines(os.path.join(info, names_file)), 1):
         match = HITSZ_NAME.fullmatch(line.strip())
@@ -152,8 +160,8 @@ def read_hitsz_names(dataset, info, split):
 
 
 def read_hitsz_tracks(dataset, info, split):
-    """track_train_info.txt or track_test_info.txt -> per row a Tracklet, or None where it is
-    wrong."""
+    """track_train_info.txt or track_test_info.txt -> a list with an item for each row: a Tracklet,
+    or None where the row is wrong."""
     entries, tracklets = read_hitsz_names(dataset, info, split), []
     info_file = f"track_{split}_info.txt"
     for number, line in enumerate(read_lines(os.path.join(info, info_file)), 1):
@@ -184,7 +192,7 @@ def read_hitsz_queries(dataset, info, test_rows):
     query = set()
     text = " ".join(read_lines(os.path.join(info, "query_IDX.txt")))
     for word in text.replace(",", " ").split():
-        # 0, which is no row, for what is no number of at most 9 digits.
+        # Anything but a number of at most 9 digits becomes 0, which the next line refuses.
         row = int(word) if word.isdecimal() and len(word) < 10 else 0
         if not 1 <= row <= len(test_rows):
             dataset.problems.append(f"query_IDX.txt: {word[:60]!r} is no row of "
@@ -206,21 +214,23 @@ BUPT_MODALITY = {"RGB": VISIBLE, "IR": INFRARED}
 def read_bupt(root, auxiliary):
     """BUPTCampus -> Dataset. root: the folder of train.txt, data_paths.json and DATA/. auxiliary:
     train on its auxiliary set too."""
-    dataset = Dataset("BUPTCampus", root, test_frames="linspace")
+    dataset = Dataset("BUPTCampus", root, frame_rule="linspace")
     try:
         paths = json.loads("\n".join(read_lines(os.path.join(root, "data_paths.json"))))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{os.path.join(root, 'data_paths.json')} is no JSON ({str(error)[:80]}); "
                         "download it again") from None
-    dataset.train = read_bupt_rows(dataset, paths, "train.txt", ("RGB/IR",))
+    pair = ("RGB/IR",)    # a row is an aligned pair
+    dataset.train = read_bupt_rows(dataset, paths, "train.txt", pair)
     if auxiliary:
         short = os.path.isfile(os.path.join(root, "train_aux.txt"))    # as some copies call it
         name = "train_aux.txt" if short else "train_auxiliary.txt"
-        dataset.train += read_bupt_rows(dataset, paths, name, ("RGB/IR",))
+        dataset.train += read_bupt_rows(dataset, paths, name, pair)
     query = read_bupt_rows(dataset, paths, "query.txt", ("RGB", "IR"))
     gallery = read_bupt_rows(dataset, paths, "gallery.txt", ("RGB", "IR"))
 
-    # A row may be in both lists, or twice in one: it is embedded once all the same.
+    # A row may be in both lists, or twice in one: it is embedded once all the same. dict.fromkeys
+    # drops what comes again (Tracklets are frozen, hence hashable) and keeps the order.
     query, gallery = list(dict.fromkeys(query)), list(dict.fromkeys(gallery))
     dataset.test = list(dict.fromkeys(query + gallery))
     place = {tracklet: i for i, tracklet in enumerate(dataset.test)}
@@ -278,16 +288,17 @@ def bupt_frames(dataset, paths, where, keys):
 # --------------------------------------------------------------- either one ----
 
 def recognise(path):
-    """A folder -> a function of `auxiliary` that reads it into a Dataset; None if it is none."""
+    """A folder -> a function of `auxiliary` that reads it into a Dataset; None if the folder is no
+    dataset."""
     for info in (os.path.join(path, "info"), path):
         if any(os.path.isfile(os.path.join(info, name)) for name in HITSZ_LISTS):
-            return lambda auxiliary: read_hitsz(path, info)
-    # PATH may be the DATA folder itself ("." too): its lists lie above it.
-    real = os.path.realpath(path)
-    above = os.path.dirname(real) if os.path.basename(real) == "DATA" else path
-    for root in (path, above):
+            return partial(read_hitsz, path, info)
+    roots, real = [path], os.path.realpath(path)    # of "." too
+    if os.path.basename(real) == "DATA":    # BUPTCampus' DATA itself: its lists lie above it
+        roots.append(os.path.dirname(real))
+    for root in roots:
         if any(os.path.isfile(os.path.join(root, name)) for name in BUPT_LISTS):
-            return lambda auxiliary: read_bupt(root, auxiliary)
+            return partial(read_bupt, root)
     return None
 
 
@@ -323,7 +334,9 @@ def find_reader(path):
 
 def find_missing_frames(dataset):
     """Adds the listed frames that are no files to dataset.missing and .problems."""
-    by_folder = defaultdict(dict)    # one listing per folder: single look-ups take minutes on NFS
+    # One listing per folder: single look-ups take minutes on NFS. folder -> names, as the keys of a
+    # dict: a set that keeps their order.
+    by_folder = defaultdict(dict)
     for t in dataset.train + dataset.test:
         for frame in t.frames:
             by_folder[os.path.dirname(frame)][os.path.basename(frame)] = True
@@ -360,20 +373,25 @@ def check_identities(dataset):
         modalities[t.pid].add(t.modality)
     for pid, there in sorted(modalities.items()):
         if len(there) == 1:
-            dataset.problems.append(f"training identity {pid} has {min(there)} tracklets only; "
-                                    "expected both modalities: remove its rows")
+            [only] = there
+            dataset.problems.append(f"training identity {pid} has {only} tracklets only; expected "
+                                    "both modalities: remove its rows")
     for direction, (query, gallery) in dataset.directions.items():
         cameras_of = defaultdict(set)
         for t in (dataset.test[i] for i in gallery):
             cameras_of[t.pid].add(t.camera)
-        alone = 0
+        unanswered = 0
         for t in (dataset.test[i] for i in query):
-            ignored = {t.camera} if dataset.ignore_same_camera else set()
-            alone += not cameras_of[t.pid] - ignored
-        if alone:
-            dataset.notes.append(f"{direction}: {alone} queries have no tracklet of their person "
-                                 "in the gallery that counts: not scored")
-        if dataset.test and alone == len(query):
+            cameras = cameras_of[t.pid]
+            if dataset.ignore_same_camera:
+                cameras = cameras - {t.camera}
+            if not cameras:
+                unanswered += 1
+        if unanswered:
+            dataset.notes.append(f"{direction}: {unanswered} queries have no tracklet of their "
+                                 "person in the gallery that counts: not scored")
+        # None of them, or there are no queries. Of an empty test set all is said above.
+        if dataset.test and unanswered == len(query):
             dataset.problems.append(f"{direction}: {len(query)} queries and a gallery of "
                                     f"{len(gallery)}, without one right answer; expected some")
 
@@ -416,8 +434,8 @@ def linspace(n, T, rng=None):
 def consecutive(n, T, rng=None):
     """T successive ones of n frames, from the middle, or with rng from anywhere; of fewer than T
     the last is repeated. [ours]"""
-    starts = max(1, n - T + 1)
-    start = starts // 2 if rng is None else rng.integers(starts)
+    n_starts = max(1, n - T + 1)
+    start = n_starts // 2 if rng is None else rng.integers(n_starts)
     return np.minimum(start + np.arange(T), n - 1)
 
 
@@ -426,10 +444,10 @@ def consecutive(n, T, rng=None):
 FRAME_RULES = {"chunks": chunks, "linspace": linspace, "consecutive": consecutive}
 
 
-def frame_rule(config, dataset):
+def chosen_rule(config, dataset):
     """The rule of a run, by name: its --frame-rule, or the one of the dataset's protocol. Raises
     UserError."""
-    rule = config.frame_rule or dataset.test_frames
+    rule = config.frame_rule or dataset.frame_rule
     if rule not in FRAME_RULES:
         raise UserError(f"--frame-rule {rule} is not known; expected one of "
                         f"{', '.join(FRAME_RULES)}")
@@ -494,8 +512,8 @@ class IdentitySampler:
         for _ in range(self.steps):
             keys = {VISIBLE: [], INFRARED: []}
             drawn = rng.choice(len(self.identities), self.P, replace=False)
-            for p, identity in enumerate(drawn):
-                for modality, indices in self.identities[identity].items():
+            for p, i in enumerate(drawn):
+                for modality, indices in self.identities[i].items():
                     tracklets = self.draw(indices, rng)
                     frame_seeds = rng.integers(2 ** 31, size=self.K)
                     if p % self.world == self.rank:
@@ -519,8 +537,8 @@ ERASED = torch.tensor([0.4914, 0.4822, 0.4465])
 
 
 def normalise(frames, channels=slice(None)):
-    """uint8 (..., C, H, W) -> float32, mean 0, deviation 1. channels: which of red, green and blue
-    the C are, all by default."""
+    """uint8 (..., C, H, W) -> float32, mean 0, deviation 1. channels: a slice, which of red, green
+    and blue the C are; by default all three."""
     mean = MEAN[channels, None, None].to(frames.device)
     std = STD[channels, None, None].to(frames.device)
     return (frames / 255).sub_(mean).div_(std)
@@ -535,7 +553,8 @@ def augment(frames, modality, rng, erase=0.5):
     (1 of 8). The numbers are drawn on the CPU: a GPU is not waited for."""
     B, T, C, H, W = frames.shape
     pad = round(10 * H / 256)
-    # Drawn before the rest: this order is what a seed means, in runs of all versions.
+    # All crops are drawn before the rest: kept in this order, so that a seed gives the same batches
+    # as before.
     crops = [(*rng.integers(2 * pad + 1, size=2), rng.random() < 0.5) for _ in range(B)]
     gray = GRAY[:, None, None].to(frames.device)
     fill = ERASED[:, None, None].to(frames.device)
@@ -544,9 +563,11 @@ def augment(frames, modality, rng, erase=0.5):
     for b, is_infrared in enumerate(modality.tolist()):
         top, left, is_flipped = crops[b]
         box = erased_box(H, W, rng) if rng.random() < erase else None
-        # 0, 1, 2: that channel alone. 3 and more: all; and half of the infrared ones are mixed.
+        # 0, 1, 2: that channel alone, so 3 of 6 visible and 3 of 4 infrared tracklets. Else all
+        # three; half of such infrared ones, 1 of 8, are mixed to gray.
         channel = rng.integers(4 if is_infrared else 6)
-        is_mixed = rng.random() < 0.5 and channel == 3 and is_infrared
+        coin = rng.random()
+        is_mixed = is_infrared and channel == 3 and coin < 0.5
         used = slice(channel, channel + 1) if channel < 3 else slice(None)
 
         padded = F.pad(frames[b, :, used], (pad, pad, pad, pad))    # black, before normalisation
@@ -578,9 +599,9 @@ def erased_box(H, W, rng):
 def check_frame(path):
     """None, or why the file cannot be read. Decodes it whole: a truncated JPEG opens well."""
     try:
-        read_frame(path, (8, 4))
+        read_frame(path, (8, 4))    # any small size: a large one would take longer
     except UserError as error:
-        return str(error).split(";")[0]
+        return str(error).split(";")[0]    # what is wrong, without the advice behind it
 
 
 def print_statistics(dataset):
@@ -590,7 +611,8 @@ def print_statistics(dataset):
         for modality in MODALITIES:
             mine = [t for t in tracklets if t.modality == modality]
             people, frames = len({t.pid for t in mine}), sum(len(t.frames) for t in mine)
-            cameras = sorted({t.camera for t in mine}, key=lambda camera: (len(camera), camera))
+            cameras = {t.camera for t in mine}
+            cameras = sorted(cameras, key=lambda camera: (len(camera), camera))    # D2 before D10
             say(f"{split:<8}{modality:<10}{people:>10,}{len(mine):>11,}{frames:>10,}  "
                 f"{len(cameras)}: "
                 + printable(" ".join(cameras)))
@@ -612,7 +634,7 @@ def main():
     with multiprocessing.Pool(os.cpu_count(), leave_signals_to_parent) as pool:
         checked = pool.imap(check_frame, frames, chunksize=64)
         dataset.problems += filter(None, progress(checked, "reading", total=len(frames)))
-        # One that has not even begun yet is not to be killed, or it would complain.
+        # The workers end by themselves: one killed while starting prints a traceback.
         pool.close()
         pool.join()
     for note in dataset.notes:

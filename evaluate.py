@@ -8,10 +8,11 @@ footage.
     test tracklets -> embed -> (N, parts, dim) --+-- infrared->visible: distances, ranks, results
                                                  +-- visible->infrared: the same, roles swapped
                                                  +-- each stream of the method alone: the same
-    own footage    -> embed -> FILE.npz, read piece by piece -> the nearest of each query
+    own footage: gallery -> embed -> FILE.npz, read piece by piece --+-- the nearest of each query
+                 queries -> embed -> (Q, parts, dim) ----------------+
 
-How embeddings become ranks stands in support/ranking.py, how pictures are drawn in pictures.py
-there.
+How embeddings become ranks stands in support/ranking.py, how pictures are drawn in
+support/pictures.py.
 
 Quick question: why is every test tracklet embedded once, though each takes part in both directions?
 (Its embedding does not depend on who asks. A loader per direction does the same work twice.)
@@ -36,7 +37,8 @@ from data import (
     Dataset,
     Frames,
     Tracklet,
-    frame_rule,
+    chosen_rule,
+    chunks,
     load_dataset,
     normalise,
 )
@@ -62,7 +64,7 @@ from support.options import (
     stored_config,
 )
 from support.parallel import collect_in_first, join, leave, processes
-from support.pictures import draw_ranking, draw_silhouettes, evenly
+from support.pictures import Found, Row, draw_ranking, draw_silhouettes, evenly
 from support.ranking import (
     Labels,
     StoredGallery,
@@ -86,10 +88,10 @@ MOST_ROWS = 50    # queries in a picture of a search
 
 
 @dataclass
-class Reading:
+class EvaluationOptions:
     """The choices of a run that an evaluation needs too; train.Config adds the others."""
     data: str = option(
-        "", "HITSZ-VCM or BUPTCampus folder; without it walkers are made under runs/ and learned",
+        "", "HITSZ-VCM or BUPTCampus folder; without it walkers, which train.py draws under runs/",
         group="data")
     size: tuple = option(
         (256, 128), "height and width of the frames; the maps' rows are cut into strips",
@@ -121,9 +123,9 @@ def frames_in_test(config):
 
 def clips(tracklet, T, rule="chunks"):
     """--all-frames: a tracklet of n frames -> ceil(n / T) of T frames each, which together hold
-    every frame (by the rules chunks and linspace). Clip j takes the j-th frame of each of T chunks,
-    so that each spans the whole walk, as the clips of training do; clip 0 is the usual one. [ours]
-    """
+    every frame (by the rules chunks and linspace): 13 frames, T = 6 -> 3 clips. Clip j takes the
+    j-th frame of each of T chunks, so that each spans the whole walk, as the clips of training do;
+    clip 0 is the usual one. [ours]"""
     n = len(tracklet.frames)
     starts = FRAME_RULES[rule](n, T)
     made = []
@@ -140,17 +142,19 @@ def embed_tracklets(model, tracklets, config, device, rule="chunks", all_frames=
     model.eval()
     T = frames_in_test(config)
     clips_of = [clips(t, T, rule) if all_frames else [t] for t in tracklets]
-    frames_of = Frames([clip for group in clips_of for clip in group], size=config.size,
-                       T=T, rule=rule)
+    # A clip has T frames, and any rule takes T of T: all of them.
+    frames_of_clips = Frames([clip for group in clips_of for clip in group], size=config.size,
+                             T=T, rule=rule)
     loader = torch.utils.data.DataLoader(
-        frames_of, batch_size=config.test_batch, num_workers=config.workers,
+        frames_of_clips, batch_size=config.test_batch, num_workers=config.workers,
         pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupts,
         generator=torch.Generator())
     waiting, done = [], 0
     with Bar("embedding", len(tracklets), hidden=processes()[0] > 0) as bar:
         for frames, modality, _ in loader:
             frames = normalise(frames.to(device, non_blocking=True))
-            waiting += model.embed(frames, modality).cpu()
+            waiting.extend(model.embed(frames, modality).cpu())
+            # A batch may end between the clips of a tracklet: these wait for the next batch.
             while done < len(tracklets) and len(waiting) >= len(clips_of[done]):
                 number = len(clips_of[done])
                 yield torch.stack(waiting[:number]).mean(0)
@@ -160,7 +164,7 @@ def embed_tracklets(model, tracklets, config, device, rule="chunks", all_frames=
 
 
 def stacked(embeddings, N):
-    """N embeddings (parts, dim), one after the other -> (N, parts, dim)."""
+    """Something that yields N embeddings (parts, dim) -> one tensor (N, parts, dim)."""
     result = None
     for i, embedding in enumerate(embeddings):
         if result is None:
@@ -175,7 +179,9 @@ def embed_shared(model, tracklets, config, device, **how):
     rank, world = processes()
     shares = np.array_split(np.arange(len(tracklets)), world)
     mine = [tracklets[i] for i in shares[rank]]
-    longest = len(shares[0])    # array_split's first is; all send as many rows, cut off below
+    # The first share is never shorter than another. All processes send as many rows as it has; what
+    # is no tracklet's is cut off below.
+    longest = len(shares[0])
     rows = stacked(embed_tracklets(model, mine, config, device, **how), longest)
     collected = collect_in_first(rows, device)
     if collected is None:
@@ -195,21 +201,21 @@ class Direction:
         self.query, self.gallery = torch.tensor(query), torch.tensor(gallery)
         self.query_parts = embeddings[self.query]
         self.gallery_parts = embeddings[self.gallery].to(device)
-        [pid] = as_integers([t.pid for t in dataset.test])
-        [camera] = as_integers([t.camera for t in dataset.test])
+        pid = as_integers([t.pid for t in dataset.test])
+        camera = as_integers([t.camera for t in dataset.test])
         self.labels = []
         for side in (self.query, self.gallery):
             its_camera = camera[side] if dataset.ignore_same_camera else None
             self.labels.append(Labels(pid[side], its_camera))
-        self.reranked = None
+        self.reranked_distance = None    # or (Q, G)
         if reranked:
             everyone = torch.cat([self.query_parts.to(device), self.gallery_parts])
-            self.reranked = rerank(distances(everyone, everyone), len(query))
+            self.reranked_distance = rerank(distances(everyone, everyone), len(query))
 
     def distance(self, rows):
         """rows: indices of queries -> (len(rows), G)."""
-        if self.reranked is not None:
-            return self.reranked[rows.to(self.device)]
+        if self.reranked_distance is not None:
+            return self.reranked_distance[rows.to(self.device)]
         return distances(self.query_parts[rows].to(self.device), self.gallery_parts)
 
     def score(self):
@@ -219,8 +225,8 @@ class Direction:
         """-> the query's tracklet, and the `top` nearest as (distance, tracklet), without those
         that the protocol ignores."""
         rows = torch.tensor([row])
-        _, counts = matches(*self.labels, rows)
-        distance = self.distance(rows)[0].cpu().masked_fill(~counts[0], torch.inf)
+        _, valid = matches(*self.labels, rows)
+        distance = self.distance(rows)[0].cpu().masked_fill(~valid[0], torch.inf)
         found = []
         for place in distance.argsort(stable=True)[:top].tolist():
             if distance[place] < math.inf:
@@ -229,10 +235,12 @@ class Direction:
 
 
 def evaluate(model, dataset, config, device, *, reranked=False, all_frames=False):
-    """-> the results of both directions, those of each stream alone and the silhouettes' IoU
-    (results.json without method, dataset and seconds), the embeddings (N, parts, dim), and both
-    Directions. reranked: the streams too. In all processes but the first: None."""
-    rule = frame_rule(config, dataset)
+    """-> results, embeddings (N, parts, dim) and both Directions; in all processes but the first
+    (None, None, None).
+
+    results: those of both directions, those of each stream alone, and the silhouettes' IoU. That is
+    results.json without method, dataset and seconds. reranked: the streams are re-ranked too."""
+    rule = chosen_rule(config, dataset)
     embeddings = embed_shared(model, dataset.test, config, device, rule=rule, all_frames=all_frames)
     if embeddings is None:
         return None, None, None
@@ -259,16 +267,20 @@ def ranked_lists(directions, top, words):
     for direction in directions:
         for row in evenly(range(len(direction.query)), 4):
             query, found = direction.ranked(row, min(top, LONGEST))
-            ranked = [(f"{t.camera}, person {t.pid}", t.frames, distance, t.pid == query.pid)
+            ranked = [Found(f"{t.camera}, person {t.pid}", t.frames, distance, t.pid == query.pid)
                       for distance, t in found]
             title = f"{direction.name}{words}: {query.camera}, person {query.pid}"
-            lists.append((title, query.frames, ranked))
+            lists.append(Row(title, query.frames, ranked))
     return lists
 
 
 def speciality(rerank=False, all_frames=False):
     """The label of results of --rerank or --all-frames, which are no plain ones; else ""."""
-    words = ["re-ranked (k-reciprocal)"] * rerank + ["all frames"] * all_frames
+    words = []
+    if rerank:
+        words.append("re-ranked (k-reciprocal)")
+    if all_frames:
+        words.append("all frames")
     return ", ".join(words)
 
 
@@ -276,9 +288,8 @@ def table(results):
     """Results -> the table as text, in per cent: a row for each direction, below it one for each
     stream alone. Ranks beyond a gallery have no column."""
     directions, streams = results["directions"], results.get("streams", {})
-    everywhere = [set(r) for r in directions.values()]
     names = ("rank-1", "rank-5", "rank-10", "rank-20", "mAP", "mINP")
-    names = [name for name in names if all(name in r for r in everywhere)]
+    names = [name for name in names if all(name in r for r in directions.values())]
     special = speciality(results.get("rerank", False), results.get("all_frames", False))
     lines = [f"{special}:"] if special else []
     heads = "".join(f"{name:>9}" for name in (*names, "queries", "gallery"))
@@ -324,8 +335,10 @@ def title_of(tracklet):
     """"infrared D3, person 7"; of footage, whose person nobody knows (-1), its folder or file."""
     who = f"{tracklet.camera}, person {tracklet.pid}"
     if tracklet.pid < 0:
-        first = file_of(tracklet.frames[0])
-        who = os.path.basename(os.path.dirname(first) if first == tracklet.frames[0] else first)
+        frame = tracklet.frames[0]
+        file = file_of(frame)
+        whole = os.path.dirname(frame) if file == frame else file    # walk.gif of walk.gif#0
+        who = os.path.basename(whole)
     return f"{tracklet.modality} {who}"
 
 
@@ -334,19 +347,20 @@ def look_at(model, dataset, tracklets, config, device):
     """Yields a Seen for each tracklet. IoU: intersection over union of silhouette (>= 0.5, at the
     frames' size) and true mask."""
     model.eval()
-    rule = frame_rule(config, dataset)
-    frames_of = Frames(tracklets, size=config.size, T=config.frames, rule=rule)
+    rule = chosen_rule(config, dataset)
+    frames_of_tracklets = Frames(tracklets, size=config.size, T=config.frames, rule=rule)
     for i, tracklet in enumerate(tracklets):
-        frames = frames_of[i][0]
+        frames, _, _ = frames_of_tracklets[i]
+        paths = frames_of_tracklets.paths(i)
         codes = model.sasgl.encode(normalise(frames.to(device)))
-        masks = [true_mask(dataset.root, path, config.size) for path in frames_of.paths(i)]
+        masks = [true_mask(dataset.root, path, config.size) for path in paths]
         masks = None if any(mask is None for mask in masks) else torch.stack(masks)
         iou = None
         if masks is not None:
             silhouette = F.interpolate(codes.silhouette[:, None], config.size, mode="bilinear",
                                        align_corners=False)
-            body = silhouette[:, 0].cpu() >= 0.5
-            both, either = (body & masks).sum((1, 2)), (body | masks).sum((1, 2))
+            found = silhouette[:, 0].cpu() >= 0.5
+            both, either = (found & masks).sum((1, 2)), (found | masks).sum((1, 2))
             iou = both / either.clamp(min=1)
         yield Seen(title_of(tracklet), frames, codes.body, codes.silhouette, codes.denoising,
                    codes.appearance, masks, iou)
@@ -376,7 +390,7 @@ def silhouette_sheet(model, dataset, config, device, each=2):
 
 # ------------------------------------------------------------------ search ----
 
-def setting(config, all_frames):
+def setting_of(config, all_frames):
     """What an embedding was made of, in words."""
     rule = f" ({config.frame_rule})" if config.frame_rule else ""
     if all_frames:
@@ -390,14 +404,13 @@ def own_tracklets(path, modality):
 
 
 def embed_footage(tracklets, args, model, config, device):
-    """{name: Tracklet} -> each one's embedding (parts, dim), one after the other."""
-    rule = frame_rule(config, Dataset("footage", ""))
+    """{name: Tracklet} -> yields each one's embedding (parts, dim)."""
+    rule = chosen_rule(config, Dataset("footage", ""))    # which has the usual rule
     return embed_tracklets(model, list(tracklets.values()), config, device, rule, args.all_frames)
 
 
 def save_embeddings(path, names, tracklets, embeddings, model, setting):
-    """Writes a FILE.npz, atomically. embeddings: one after the other."""
-    chunks = FRAME_RULES["chunks"]
+    """Writes a FILE.npz, atomically. embeddings: see write_gallery."""
     shown = [[os.path.abspath(t.frames[i]) for i in chunks(len(t.frames), 4)] for t in tracklets]
     columns = {"name": names, "pid": [t.pid for t in tracklets],
                "camera": [t.camera for t in tracklets], "modality": [t.modality for t in tracklets],
@@ -409,31 +422,32 @@ def save_embeddings(path, names, tracklets, embeddings, model, setting):
 def open_gallery(args, model, config, device, scratch):
     """--gallery -> StoredGallery: the FILE.npz itself, or a folder embedded into --save or into the
     scratch folder. Raises UserError for one that another model or setting has made."""
-    how, path = setting(config, args.all_frames), args.gallery
+    setting = setting_of(config, args.all_frames)
+    path = args.gallery
     if not args.gallery_is_file:
         path = args.save or os.path.join(scratch, "gallery.npz")
         gallery = own_tracklets(args.gallery, args.gallery_modality or VISIBLE)
         embeddings = embed_footage(gallery, args, model, config, device)
-        save_embeddings(path, list(gallery), list(gallery.values()), embeddings, model, how)
+        save_embeddings(path, list(gallery), list(gallery.values()), embeddings, model, setting)
     stored = StoredGallery(path)
     if args.gallery_is_file and stored.model != fingerprint(model):
         raise UserError(f"{path} was embedded by another model; expected the one of "
                         f"{args.checkpoint or args.official}: embed the gallery again")
-    if stored.setting != how:
-        raise UserError(f"{path} was embedded from {stored.setting}, the queries from {how}; "
+    if stored.setting != setting:
+        raise UserError(f"{path} was embedded from {stored.setting}, the queries from {setting}; "
                         "expected the same: see --frames and --all-frames")
     return stored
 
 
 def search(args, model, config, device):
-    """--query and --gallery: prints the ranked list of each query -> what --json writes, without
-    its head. Raises UserError."""
+    """--query and --gallery: prints the ranked list of each query -> what --json writes, but
+    method, switches and seconds; None without --query. Raises UserError."""
     queries = own_tracklets(args.query, args.query_modality) if args.query else {}
     with TemporaryDirectory() as scratch:
         stored = open_gallery(args, model, config, device, scratch)
         if args.save:
             say(f"{stored.shape[0]:,} tracklets embedded in {printable(args.save)}")
-        if not queries:
+        if not queries:    # the gallery was only to be saved: see check_search
             return None
         ranked = nearest_of(queries, stored, args, model, config, device)
         if args.all_frames:
@@ -443,7 +457,7 @@ def search(args, model, config, device):
     if args.figure:
         draw_search(args, queries, ranked, config)
     if args.silhouettes:
-        footage = Dataset("footage", args.query)
+        footage = Dataset("footage", args.query)    # true masks: in masks/ of that folder, if any
         chosen = evenly(list(queries.values()), 4)
         sheet = draw_silhouettes(list(look_at(model, footage, chosen, config, device)))
         write_picture(args.silhouettes, sheet)
@@ -493,8 +507,8 @@ def print_list(name, tracklet, hits, gallery):
 def draw_search(args, queries, ranked, config):
     lists = []
     for name, tracklet in list(queries.items())[:MOST_ROWS]:
-        hits = [(hit.name, hit.shown, hit.distance, None) for hit in ranked[name][:LONGEST]]
-        lists.append((f"{name}, {tracklet.modality}", tracklet.frames, hits))
+        hits = [Found(hit.name, hit.shown, hit.distance, None) for hit in ranked[name][:LONGEST]]
+        lists.append(Row(f"{name}, {tracklet.modality}", tracklet.frames, hits))
     write_picture(args.figure, draw_ranking(lists, config.size))
     if len(queries) > MOST_ROWS or args.top > LONGEST:
         say(f"{printable(args.figure)} shows at most {MOST_ROWS} queries and {LONGEST} tracklets "
@@ -517,13 +531,19 @@ def method_of(checkpoint, given, path):
     return given or stored
 
 
+def joined(options, common):
+    """A method's Options and the common ones -> one dataclass of both. Where both have an option,
+    the method's default counts."""
+    return make_dataclass("Config", [], bases=(options, common))
+
+
 def load_run(path, method=""):
     """A run's folder or checkpoint -> model in eval mode, its config, its method's name. method:
     FILE.py:CLASS for a method of one's own. Raises UserError."""
     checkpoint = read_checkpoint(path)
     name = method_of(checkpoint, method, path)
     method_class = load_method(name)
-    config_class = make_dataclass("Config", [], bases=(method_class.Options, Reading))
+    config_class = joined(method_class.Options, EvaluationOptions)
     config = stored_config(config_class, checkpoint["config"], path)
     return rebuild(method_class, config, checkpoint, path).eval(), config, name
 
@@ -532,8 +552,7 @@ def load_authors_files(folder):
     """The authors' three files -> model in eval mode, its config, its method's name."""
     from model import Options, load_official  # only here: LSMRL needs no DinoGRL
     torch.backends.cudnn.allow_tf32 = False    # their embeddings to float32's last digits
-    config_class = make_dataclass("Config", [], bases=(Options, Reading))
-    return load_official(folder), config_class(), "dinogrl"
+    return load_official(folder), joined(Options, EvaluationOptions)(), "dinogrl"
 
 
 # -------------------------------------------------------------- command line ----
@@ -569,12 +588,13 @@ def command_line():
                         help="draw ranked lists: green frame the right person, red a wrong one")
     output.add_argument("--silhouettes", metavar="FILE.png",
                         help="draw what the model sees (DinoGRL)")
+    # All in one place: by itself, Parser leaves out what was not typed.
     parser.set_defaults(checkpoint="", official="", method="", query=None, gallery=None,
                         query_modality=INFRARED, gallery_modality=None, top=10, rerank=False,
                         all_frames=False, json=None, save=None, figure=None, silhouettes=None)
-    add_options(parser, Reading, {})
+    add_options(parser, EvaluationOptions, {})
     args = parser.parse_args()
-    names = {f.name for f in fields(Reading)}
+    names = {f.name for f in fields(EvaluationOptions)}
     overrides = {name: value for name, value in given_options(args).items() if name in names}
     args.gallery_is_file = bool(args.gallery) and os.path.isfile(args.gallery)
     args.gallery_is_file = args.gallery_is_file and args.gallery.lower().endswith(".npz")
@@ -594,12 +614,16 @@ def check_arguments(args, overrides):
     if is_benchmark and (args.query or args.gallery):
         raise UserError("--data and --rerank are for a benchmark, whose gallery is closed; drop "
                         "them, or --query and --gallery")
-    if not args.gallery:
-        if args.query:
-            raise UserError("--query needs --gallery: where to look")
-        if args.official and "data" not in overrides:
-            raise UserError("--official needs --data PATH")
-        return
+    if args.gallery:
+        check_search(args)
+    elif args.query:
+        raise UserError("--query needs --gallery: where to look")
+    elif args.official and "data" not in overrides:
+        raise UserError("--official needs --data PATH")
+
+
+def check_search(args):
+    """Raises UserError for a --gallery that does not go with the other arguments."""
     if args.gallery_is_file and (args.gallery_modality or args.save):
         raise UserError(f"{args.gallery} is embedded already and knows its modality; drop "
                         "--gallery-modality and --save")
@@ -617,27 +641,28 @@ def check_outputs(args):
         path = getattr(args, name)
         if path is None:
             continue
-        # So that none can take the place of a frame or a checkpoint.
+        # So that none can overwrite a frame or a checkpoint.
         if not path.lower().endswith(kind):
             raise UserError(f"--{name} {path or 'is empty'}; expected a name that ends in {kind}")
         check_writable(path)
-        # Nor of another output.
-        other = taken.setdefault(os.path.realpath(path), name)
-        if other != name:
-            raise UserError(f"--{other} and --{name} are both {path}; choose two names")
+        real = os.path.realpath(path)
+        if real in taken:    # nor one of them another
+            raise UserError(f"--{taken[real]} and --{name} are both {path}; choose two names")
+        taken[real] = name
 
 
 def main():
     args, overrides = command_line()
     check_arguments(args, overrides)
     check_outputs(args)
-    start, device = time.time(), join(overrides.get("device", ""))
+    start = time.time()
+    device = join(overrides.get("device", ""))
     if args.official:
         model, config, method = load_authors_files(args.official)
     else:
         model, config, method = load_run(args.checkpoint, args.method)
-    if "frames" in overrides:
-        overrides.setdefault("test_frames", 0)    # what is typed counts
+    if "frames" in overrides:    # it counts here, unless --test-frames was typed too
+        overrides.setdefault("test_frames", 0)
     for name, value in overrides.items():
         setattr(config, name, value)
     check_ranges(config)
@@ -673,7 +698,7 @@ def report(args, model, config, device, head, start):
     if args.save:
         names = [os.path.relpath(t.frames[0], dataset.root) for t in dataset.test]
         save_embeddings(args.save, names, dataset.test, embeddings, model,
-                        setting(config, args.all_frames))
+                        setting_of(config, args.all_frames))
     if args.figure:
         special = speciality(args.rerank, args.all_frames)
         lists = ranked_lists(directions, args.top, f", {special}" if special else "")

@@ -63,8 +63,8 @@ class Parts(nn.Module):
 
 
 class Head(nn.Module):
-    """Parts (B, P, D) -> cosine logits (B, P, classes): batch norm over all P*D values, then both
-    sides L2-normalised."""
+    """Parts (B, P, D) -> cosine logits (B, P, classes): batch norm over all P*D values, then
+    features and class weights L2-normalised."""
 
     def __init__(self, *, parts, dim, classes):
         super().__init__()
@@ -141,8 +141,9 @@ class Options:
     code_size: tuple = option(
         (64, 32), "height and width of silhouettes and codes", least=1, most=1024)
 
-    # No option, but what --preset small changes, of these and of train.Config's options. A
-    # laptop's CPU, minutes: a tiny distilled ViT, thin one-block ResNets, small frames.
+    # Not a field (it has no annotation): the values that --preset small sets, in these options and
+    # in train.Config's. A laptop's CPU, minutes: a tiny distilled ViT, thin one-block ResNets,
+    # small frames.
     small = {"epochs": 6, "steps": 85, "identities": 8, "tracklets": 1, "frames": 3,
              "test_frames": 8, "evaluate_every": 2, "workers": 0, "warmup_epochs": 0,
              "milestones": (4, 5), "lr": 5e-3, "size": (128, 64), "erase": 0.0, "dinov2": "tiny",
@@ -151,8 +152,8 @@ class Options:
              "gait_strides": (2, 1, 1, 1), "dino_size": (280, 140), "code_size": (32, 16)}
 
     def check(self):
-        """Raises UserError for a configuration that cannot work. self is a run's whole
-        configuration here (train.config_class): `size` is not DinoGRL's own."""
+        """Raises UserError for a configuration that cannot work. train.py joins Options and its
+        Config into one dataclass, so self.size is there."""
         starts_global = self.strips[:1] == (1,)
         if not starts_global or len(self.strips) > 10 or not all(0 < n <= 256 for n in self.strips):
             raise UserError(f"--strips {' '.join(map(str, self.strips))}; expected 1, the global "
@@ -161,19 +162,21 @@ class Options:
         if self.gait and self.pbmge and len(self.strips) == 1:
             raise UserError("--strips 1 leaves PBMGE no strip to read; expected more "
                             "granularities, such as 1 2 4 8 16, or --pbmge off")
-        self.check_rows("size", self.size[0] / 4, "strides")    # the stem divides by 4
+        rows = self.size[0] / 4    # the stem divides by 4
+        self.check_rows(rows, self.strides, "--size and --strides")
         if self.gait:
-            self.check_rows("code-size", self.code_size[0], "gait_strides")
+            self.check_rows(self.code_size[0], self.gait_strides, "--code-size and --gait-strides")
             if self.dino_size[0] % PATCH or self.dino_size[1] % PATCH:
                 raise UserError(f"--dino-size {self.dino_size}; expected multiples of 14, DINOv2's "
                                 "patch")
 
-    def check_rows(self, name, height, strides):
-        """Can maps that start at this height be cut into strips?"""
-        rows, strips = height / math.prod(getattr(self, strides)), max(self.strips)
+    def check_rows(self, rows, strides, options):
+        """Can maps of so many rows, after these strides, be cut into strips? options: the ones that
+        decide it. Raises UserError."""
+        rows, strips = rows / math.prod(strides), max(self.strips)
         if rows % strips:
-            raise UserError(f"--{name} and --{strides.replace('_', '-')} leave maps of {rows:g} "
-                            f"rows; expected a multiple of the {strips} strips")
+            raise UserError(f"{options} leave maps of {rows:g} rows; expected a multiple of the "
+                            f"{strips} strips")
 
 
 # ---------------------------------------------------------------- DinoGRL ----
@@ -182,15 +185,16 @@ class DinoGRL(nn.Module):
     """The whole method. config: Options, or train's configuration, which has them too. classes:
     number of training identities. pretrained: False for random tensors, to be filled by a
     checkpoint."""
-    Options = Options
+    Options = Options    # train.py asks the class for its options
 
     def __init__(self, config, classes, pretrained=True):
         super().__init__()
         self.config, self.classes = config, classes
         width, blocks, dim, strips = config.width, config.blocks, config.dim, config.strips
         refined = len(strips) - 1 if config.gait and config.pbmge else 0
-        parts = sum(strips) + refined    # 35 = 31 + 4
-        dinov2 = None
+        self.n_parts = sum(strips) + refined    # of a stream: 35 = 31 + 4
+        # Before the rest: torch.hub draws random numbers too, and a seed is to give the same
+        # weights as before.
         if config.gait:
             dinov2 = load_dinov2(config.dinov2, config.dinov2_weights, pretrained)
 
@@ -198,14 +202,14 @@ class DinoGRL(nn.Module):
         self.backbone = Stages(width=width, blocks=blocks, strides=config.strides)
         channels = self.backbone.out_channels    # 2048
         self.appearance_parts = Parts(channels=channels, dim=dim, strips=strips)
-        self.appearance_head = Head(parts=parts, dim=dim, classes=classes)
+        self.appearance_head = Head(parts=self.n_parts, dim=dim, classes=classes)
         self.sasgl = self.pbmge = None
         if config.gait:
             stages = Stages(width=width, blocks=blocks, strides=config.gait_strides)
             self.sasgl = SASGL(dinov2=dinov2, backbone=stages, width=width,
                                dino_size=config.dino_size, code_size=config.code_size)
             self.gait_parts = Parts(channels=channels, dim=dim, strips=strips)
-            self.gait_head = Head(parts=parts, dim=dim, classes=classes)
+            self.gait_head = Head(parts=self.n_parts, dim=dim, classes=classes)
         if config.gait and config.pbmge:
             self.pbmge = PBMGE(dim=dim, strips=strips)
         if pretrained:
@@ -223,20 +227,21 @@ class DinoGRL(nn.Module):
             load_mask_branch(self.sasgl.mask_branch, config.mask_branch)
 
     def appearance_maps(self, frames, modality):
-        """Frames (B, T, 3, H, W), modality (B,), best on the CPU -> maps (B, T, C, h, w), the
-        visible tracklets first, and the index (B,) that puts them back in order. Each modality
-        goes through its own stem, then all through one backbone."""
+        """Frames (B, T, 3, H, W), modality (B,) -> maps (B, T, C, h, w), the visible tracklets
+        first, and the index (B,) that puts them back in order. Each modality goes through its own
+        stem, then all through one backbone. modality: best on the CPU, where nobody waits for a
+        GPU to count the visible ones."""
         B, T = frames.shape[:2]
         order = modality.argsort(stable=True)    # visible tracklets first
-        visible = T * (modality == 0).sum().item()
+        n_visible = T * (modality == 0).sum().item()    # frames
         frames = frames[order.to(frames.device)].flatten(0, 1)
         frames = frames.contiguous(memory_format=torch.channels_last)    # convolutions like it
-        stems = [self.visible_stem(frames[:visible]), self.infrared_stem(frames[visible:])]
+        stems = [self.visible_stem(frames[:n_visible]), self.infrared_stem(frames[n_visible:])]
         maps = self.backbone(torch.cat(stems)).unflatten(0, (B, T))
         back = order.argsort().to(frames.device)
         return maps, back
 
-    def streams(self, frames, modality):
+    def parts_by_stream(self, frames, modality):
         """Frames (B, T, 3, H, W) normalised, modality (B,) 0 visible, 1 infrared -> {stream: parts
         (B, P, D)}, sasgl's Codes or None."""
         maps, back = self.appearance_maps(frames, modality)
@@ -252,16 +257,17 @@ class DinoGRL(nn.Module):
     def embed(self, frames, modality):
         """Frames (B, T, 3, H, W), modality (B,) -> (B, parts, dim) float32, gait parts first; (B,
         70, 256) in the paper."""
-        streams, _ = self.streams(frames, modality)
+        streams, _ = self.parts_by_stream(frames, modality)
         return torch.cat(list(streams.values()), dim=1).float()
 
     def streams_of(self, embeddings):
         """Embeddings (N, 70, dim) -> {stream: its own (N, 35, dim)}: what each knows alone. Empty
-        without the gait stream, and for what a subclass embeds in another number of parts."""
-        parts = len(self.appearance_head.weight)    # 35
-        if embeddings.shape[1] != 2 * parts:
+        unless there are two such halves: the gait stream may be off, and a subclass may embed
+        another number of parts."""
+        if embeddings.shape[1] != 2 * self.n_parts:
             return {}
-        return {"gait": embeddings[:, :parts], "appearance": embeddings[:, parts:]}
+        gait, appearance = embeddings.split(self.n_parts, dim=1)
+        return {"gait": gait, "appearance": appearance}
 
     def losses_of(self, parts, logits, label, modality):
         """One stream's named losses, weighted. The place for a loss of your own: parts (B, P, D),
@@ -274,12 +280,13 @@ class DinoGRL(nn.Module):
     def forward(self, frames, modality, label):
         """Training step -> named losses (weighted: the total is their sum), and what else to
         show."""
-        streams, codes = self.streams(frames, modality)
-        losses, shown = dict(codes.losses) if codes else {}, {}
+        streams, codes = self.parts_by_stream(frames, modality)
+        losses = dict(codes.losses) if codes else {}
+        shown = {}
         # Tracklets are compared with those of all processes.
         label, modality = gathered(label), gathered(modality.to(label.device))
         for stream, parts in streams.items():
-            parts = gathered(parts)
+            parts = gathered(parts)    # (world * B, P, D), gradients included
             logits = self.get_submodule(f"{stream}_head")(parts)
             for name, loss in self.losses_of(parts, logits, label, modality).items():
                 losses[f"{name}_{stream}"] = loss
@@ -296,7 +303,7 @@ class DinoGRL(nn.Module):
             return 0
         return self.config.mask_warmup
 
-    @property
+    @property    # an attribute would be a second name, and be saved twice
     def warm_up_module(self):
         return self.sasgl.mask_branch
 
@@ -328,7 +335,8 @@ def load_mask_branch(mask_branch, path):
     load_strictly(mask_branch, used, path)
 
 
-# The authors' files: their prefix of a name -> ours.
+# The authors' files. A tensor's name begins with one of these prefixes, there and here; the rest of
+# the name is the same: {file: {their prefix: our prefix}}.
 OFFICIAL = {
     "best_model.pth": {
         "image_encoder1.resnet_conv.0.": "visible_stem.conv1.",
@@ -343,7 +351,8 @@ OFFICIAL = {
         "BNNecks.fc_bin": "appearance_head.weight",
         "BNNecks.bn1d.": "appearance_head.bn."},
     "best_model2.pth": {
-        # Longest first: one begins the other.
+        # The first of our prefixes that fits is taken: so enhance_gait.g. stands before
+        # enhance_gait., with which it begins.
         "enhance_shape_net_3.g.0.": "pbmge.enhance_gait.g.",
         "enhance_shape_net_3.": "pbmge.enhance_gait.",
         "enhance_app_net_3.g.0.": "pbmge.enhance_appearance.g.",
@@ -378,7 +387,8 @@ UNUSED = {
 
 
 def official_names(own_names, prefixes):
-    """{the authors' name: ours} of the tensors that a file with these prefixes holds."""
+    """own_names: of all our tensors. prefixes: one file's of OFFICIAL -> {the authors' name: our
+    name} of the tensors that this file should hold."""
     names = {}
     for own in own_names:
         for theirs, ours in prefixes.items():
@@ -392,9 +402,10 @@ def load_official(folder):
     """The authors' three files in `folder` -> a DinoGRL in eval mode that gives exactly their
     embeddings.
 
-    The class count is the files' own. gcn_* tensors, of layers that the released network never
-    calls and not every file holds, are ignored. Raises UserError that lists every
-    other missing, surplus or misshapen tensor under the authors' name."""
+    The number of classes is read from the files. Tensors with .gcn_ in their name are ignored: they
+    belong to layers that the released network never calls, and not every file holds them. Raises
+    UserError that lists every other missing, surplus or misshapen tensor under the authors'
+    name."""
     paths = {name: os.path.join(folder, name) for name in OFFICIAL}
     files = {name: named_tensors(read_tensors(path), path) for name, path in paths.items()}
     try:
@@ -409,7 +420,8 @@ def load_official(folder):
         held = {name: tensor for name, tensor in files[file].items() if ".gcn_" not in name}
         names = official_names(own, prefixes)    # theirs -> ours
         wanted = {theirs: own[ours] for theirs, ours in names.items()}
-        wanted.update(dict.fromkeys(UNUSED[file]))    # None: must be there, of any shape
+        for name in UNUSED[file]:
+            wanted[name] = None    # must be there, in any shape
         wrong += [f"{file}: {line}" for line in misfits(held, wanted)]
         tensors.update({ours: held.get(theirs) for theirs, ours in names.items()})
     if wrong:

@@ -22,9 +22,10 @@ bilinear in two scalars,
 
     f_ij = (k1 q_i s_j + k2 q_i + k3 s_j + k4) / D = alpha_i s_j + beta_i,    k: products of weights
 
-and relu(f_i.) is affine in s_j on one side of the threshold -beta_i / alpha_i. With s sorted and
-its powers summed up from the left, "the sum over all j beyond the threshold" is one look-up: O(D
-log D), to rounding the same value, and some 60 times as fast at D = 256.
+For one query channel i, then, f is a straight line over s. It crosses 0 at the threshold s =
+-beta_i / alpha_i: relu(f) is 0 on one side of it and that line on the other. With s sorted and its
+powers summed up from the left, "the sum over all j beyond the threshold" is one look-up: O(D log
+D), to rounding the same value, and some 60 times as fast at D = 256.
 
 Quick question: what does PBMGE compute at the first training step? (Nothing: its last BatchNorm
 starts at zero, so out = q. It learns to speak only where speaking lowers the loss.)
@@ -59,8 +60,9 @@ def prepare(parts):
 
 
 class Products(NamedTuple):
-    """What an Enhance's weights come down to, numbers all of them: f_ij = (k1 q_i s_j + k2 q_i + k3
-    s_j + k4) / D, and W g(s_j) = slope s_j + offset for W1 and for W2."""
+    """What an Enhance's weights come down to, numbers all of them:
+    f_ij = (k1 q_i s_j + k2 q_i + k3 s_j + k4) / D, and W g(s_j) = slope s_j + offset for W1 and
+    for W2."""
     k1: torch.Tensor
     k2: torch.Tensor
     k3: torch.Tensor
@@ -104,21 +106,23 @@ class Enhance(nn.Module):
         alpha = (p.k1 * query + p.k3) / D    # f_ij = alpha_i s_j + beta_i, both (B, D)
         beta = (p.k2 * query + p.k4) / D
 
-        # How many of the sorted source values lie below each query's threshold. A count has no
-        # gradient, and f is 0 at the threshold itself, so none is missing.
+        # below: how many of the sorted source values lie below each query's threshold. No gradient
+        # is lost: f is 0 at the threshold, so the sums of relu(f) do not jump there.
         with torch.no_grad():
-            # + 0.0 turns -0 into +0: where alpha is 0 the sign of beta alone decides.
+            # + 0.0 turns -0 into +0. So for alpha = 0 and beta > 0 the threshold is -inf, and every
+            # s counts as positive; for beta < 0 it is +inf, and none does.
             threshold = -beta / (alpha + 0.0)
             below = torch.searchsorted(source.values, threshold)    # (B, D)
-        # Sums of s^0, s^1, s^2 (B, 3, D). left: s below the threshold; positive: f > 0; negative:
-        # f < 0.
+        # Sums of s^0, s^1, s^2, (B, 3, D). left: over the s below the threshold; positive: over
+        # those where f > 0; negative: where f < 0.
         left = source.sums.gather(-1, below.unsqueeze(-2).expand(-1, 3, -1))
         total = source.sums[..., -1:]
         alpha, beta = alpha.unsqueeze(-2), beta.unsqueeze(-2)    # (B, 1, D)
         positive = torch.where(alpha >= 0, total - left, left)
         negative = total - positive
 
-        # Sums of relu(f) and of relu(f) s, then of relu(-f) and of relu(-f) s: (B, 2, D).
+        # (alpha s + beta) s^k = alpha s^(k+1) + beta s^k. For k = 0 and 1, (B, 2, D): the sums of
+        # relu(f) and of relu(f) s; then, over the negative ones, of relu(-f) and of relu(-f) s.
         confirmed = alpha * positive[:, 1:] + beta * positive[:, :2]
         contradicted = -alpha * negative[:, 1:] - beta * negative[:, :2]
         similar = self.W1[1](self.combine(confirmed, p.slope1, p.offset1, self.W1[0].bias))

@@ -14,9 +14,9 @@ Semantic-aware: what is kept of a pixel is not its colour but what DINOv2's feat
         +-- appearance_branch -> appearance code (N,16,64,32), sigmoids: what is it like?
     both codes -> gait_net: two CodeStems -> AttentionFusion -> ResNet stages -> (N,2048,16,8)
 
-The codes' names are BigGait's, from which the release takes them: "denoising", since a word out of
-16 leaves no room for texture. The appearance code is a code of gait; the appearance *stream*, from
-pixels, is model.py's.
+The codes' names are BigGait's, from which the release takes them: "denoising", since a softmax over
+16 channels can say one of 16 words, which leaves no room for texture. The appearance code is a code
+of gait; the appearance *stream*, from pixels, is model.py's.
 
 The mask bottleneck is the trick: through two softmax channels only the strongest contrast of the
 features can be reconstructed, and for DINOv2 on a pedestrian crop that is body against background.
@@ -25,7 +25,7 @@ What trains what: the mask is detached (in the released code too) before the cod
 it, so mask_branch learns from its own reconstruction alone, and the re-identification losses train
 the codes' branches and the gait net. The paper's "jointly" is one sum of losses, not one path of
 gradients. Until the mask is good, the codes are cut out of the wrong pixels: where no trained
-mask_branch is given, train.py trains it alone for some steps first (mask_and_losses).
+mask_branch is given, train.py trains it alone for some steps first (DinoGRL.warm_up_losses).
 
 Quick question: why detach it at all? (Else identity losses would grow or shrink the silhouette
 until it tells identities apart, by its errors.)
@@ -53,7 +53,7 @@ class MaskBranch(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        # BigGait's names: bn_s stands before down_sampling, bn_t after it.
+        # BigGait's names: bn_s stands before down_sampling; bn_t, in AppearanceBranch, after it.
         self.bn_s = nn.BatchNorm1d(dim, affine=False)
         self.down_sampling = nn.Linear(dim, 2)
         self.up_sampling = nn.Linear(2, dim)
@@ -74,7 +74,7 @@ def choose_body(mask):
     rows = max(1, 5 * H // 64)
     is_first = mask[:, 0].round()
     at_edge = is_first[:, :rows].sum((1, 2)) + is_first[:, -rows:].sum((1, 2))
-    first_is_background = at_edge > rows * W
+    first_is_background = at_edge > rows * W    # half of the 2 * rows * W pixels
     return torch.where(first_is_background[:, None, None], mask[:, 1], mask[:, 0])
 
 
@@ -94,9 +94,9 @@ def smooth_loss(maps):
     """Maps (N, C, H, W) -> scalar: |Sobel x| + |Sobel y| of the channels' sum, per value. Few,
     closed regions are cheap.
 
-    On the mask, whose two channels sum to 1, this is the constant of the image's border and has no
-    gradient. (The release reads pixel-major memory as channel-major there, so its term does have
-    one, though not the intended one.)"""
+    The mask's two channels sum to 1 everywhere. Its only edges are those of the zero padding: a
+    constant, without a gradient. (The release reads pixel-major memory as channel-major there, so
+    its term does have a gradient, though not the intended one.)"""
     sobel = SOBEL.to(maps)
     both = torch.stack([sobel, sobel.t()])[:, None]    # (2, 1, 3, 3)
     edges = F.conv2d(maps.sum(1, keepdim=True), both, padding=1)
@@ -222,7 +222,7 @@ class SASGL(nn.Module):
         super().__init__()
         self.dino_size, self.code_size, self.channels = dino_size, code_size, channels
         self.dinov2 = dinov2
-        self.blocks = levels_of(dinov2)
+        self.blocks = levels_of(dinov2)    # the last of each quarter: 2, 5, 8, 11 of 12
         self.mask_branch = MaskBranch(dinov2.embed_dim)
         self.denoising_branch = DenoisingBranch(4 * dinov2.embed_dim, channels)
         self.appearance_branch = AppearanceBranch(4 * dinov2.embed_dim, channels)
@@ -249,13 +249,13 @@ class SASGL(nn.Module):
         pixels = upsampled(last, self.code_size).flatten(0, 2)
         mask, reconstruction = self.mask_branch(pixels)
         mask = mask.unflatten(0, (-1, *self.code_size)).permute(0, 3, 1, 2)
+        # smooth_mask moves nothing (see smooth_loss): kept for the release's sum of losses.
         with torch.autocast(last.device.type, enabled=False):
-            # The latter moves nothing (see smooth_loss): kept for the release's sum of losses.
             return mask, {"mask": reconstruction, "smooth_mask": 0.02 * smooth_loss(mask)}
 
-    def cut_out(self, branch, pixels, where, N):
-        """A branch's code of the foreground's pixels (M, 4D), at their places: (N, 16, H, W), 0 in
-        the background. where: three index tensors (M,)."""
+    def code_of(self, branch, pixels, where, N):
+        """Pixels (M, 4D) -> their code by `branch`, put back at `where`: (N, 16, H, W), 0
+        elsewhere. where: three index tensors (M,), of frame, row and column."""
         is_enough = len(pixels) > 1 or not self.training    # a batch norm needs two
         values = branch(pixels) if is_enough else pixels.new_zeros(len(pixels), self.channels)
         code = values.new_zeros(N, *self.code_size, self.channels)
@@ -270,19 +270,22 @@ class SASGL(nn.Module):
         # The branches see the foreground alone: their batch norms' statistics are the body's.
         where = silhouette.nonzero(as_tuple=True)
         pixels = upsampled(mid4, self.code_size)[where]    # (M, 4D)
-        denoising = self.cut_out(self.denoising_branch, pixels, where, len(frames))
-        appearance = self.cut_out(self.appearance_branch, pixels, where, len(frames))
+        denoising = self.code_of(self.denoising_branch, pixels, where, len(frames))
+        appearance = self.code_of(self.appearance_branch, pixels, where, len(frames))
         with torch.autocast(frames.device.type, enabled=False):
-            # Without one of them, or the sum over channels would be 1 all over the body.
+            # Without the last channel: the sum over all 16 would be 1 all over the body.
             losses["smooth_part"] = 0.01 * smooth_loss(denoising[:, :-1])
             losses["diversity"] = 5 * diversity_loss(denoising)
         return Codes(mask, body, silhouette, denoising, appearance, losses)
 
     def forward(self, frames):
+        """In training the maps are read from codes of which some are blanked, see kept_codes. The
+        Codes that are returned are whole: their losses see every code."""
         B, T = frames.shape[:2]
         codes = self.encode(frames.flatten(0, 1))
         denoising, appearance = codes.denoising, codes.appearance
         if self.training:
+            # (2, B*T): denoising, appearance.
             keep = kept_codes(B).repeat_interleave(T, dim=1).to(frames.device, non_blocking=True)
             denoising = denoising * keep[0, :, None, None, None]
             appearance = appearance * keep[1, :, None, None, None]
@@ -290,10 +293,10 @@ class SASGL(nn.Module):
 
 
 def kept_codes(B):
-    """(2, B) of 1 and 0: neither code may be relied on alone, so for a fifth of the tracklets one
-    of the two, by chance, is blanked."""
-    is_whole = (torch.randperm(B) >= round(0.2 * B)).float()    # 0 for a fifth of them
-    candidate = torch.randint(2, (B,))    # the code that would be blanked
+    """-> (2, B), for denoising and appearance: 0 where a tracklet's code is blanked, else 1. A
+    fifth of the tracklets lose one of the two, by chance: neither may be relied on alone."""
+    loses_one = torch.randperm(B) < round(0.2 * B)    # the first fifth, in a random order
+    which = torch.randint(2, (B,))    # the code that each tracklet would lose
     keep = torch.ones(2, B)
-    keep[candidate, torch.arange(B)] = is_whole
+    keep[which, torch.arange(B)] = 1 - loses_one.float()
     return keep

@@ -32,12 +32,20 @@ import math
 import os
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, make_dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import walkers
-from data import Frames, IdentitySampler, augment, frame_rule, is_walkers, load_dataset
-from evaluate import Reading, evaluate, has_silhouettes, method_of, silhouette_sheet, table
+from data import Frames, IdentitySampler, augment, chosen_rule, is_walkers, load_dataset
+from evaluate import (
+    EvaluationOptions,
+    evaluate,
+    has_silhouettes,
+    joined,
+    method_of,
+    silhouette_sheet,
+    table,
+)
 from support.files import (
     RunFolder,
     UserError,
@@ -86,10 +94,10 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 
 @dataclass
-class Config(Reading):
-    """Every choice of a run that is not the method's own: these, and evaluate.Reading's, which an
-    evaluation needs too (data, size, frames, device). A method adds its Options, which may change
-    a default here. The defaults are `--preset paper`; Options.small holds what `--preset small`
+class Config(EvaluationOptions):
+    """Every choice of a run that is not the method's own: these, and those that an evaluation needs
+    too. method_and_config joins them with the method's Options, whose defaults take the place of
+    the ones here. The defaults are `--preset paper`; Options.small holds what `--preset small`
     changes."""
     method: str = option(
         "dinogrl", "dinogrl, lsmrl, or FILE.py:CLASS of your own; with --help it lists that "
@@ -159,7 +167,7 @@ def train(config, method, dataset, device, run, checkpoint):
     first_epoch = state.restore(checkpoint, run) if checkpoint else 0
     if checkpoint:
         checkpoint.clear()    # gigabytes that nobody needs any more
-    claim(run, config, dataset, model, device, first_epoch)
+    begin(run, config, dataset, model, device, first_epoch)
     if not run.resume and config.epochs:
         warm_up(model, loader, config, device)
     if config.checkpoint_activations:
@@ -172,6 +180,7 @@ def train(config, method, dataset, device, run, checkpoint):
 
     for epoch in range(first_epoch, config.epochs):
         model.train()
+        state.set_rate(epoch)
         loader.batch_sampler.epoch = epoch
         means = EpochMeans(epoch, config, dataset, device, run)
         for step, (frames, modality, index) in enumerate(loader):
@@ -195,12 +204,11 @@ def train(config, method, dataset, device, run, checkpoint):
 
         # Log, save, evaluate.
         run.log.append({"epoch": epoch + 1, "lr": state.rate(), **means.close()})
-        state.scheduler.step()
         state.save(run, dataset, epoch + 1)
         if is_due(epoch + 1, config):
             report(model, dataset, config, device, run, epoch + 1)
 
-    if first_epoch >= config.epochs:
+    if first_epoch >= config.epochs:    # the loop above had nothing to do
         say_once(nothing_to_train(run, first_epoch))
         report(model, dataset, config, device, run, first_epoch)
 
@@ -213,7 +221,7 @@ def main():
     try:
         train(config, method, dataset, device, run, checkpoint)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(how_to_go_on(run)) from None
+        raise KeyboardInterrupt(how_to_go_on(run)) from None    # cli prints it
     leave()
 
 
@@ -238,7 +246,7 @@ def training_data(config):
     if not config.data:
         config.data = os.path.join("runs", "walkers")
         with first_goes_first():
-            if processes()[0] == 0:
+            if processes()[0] == 0:    # one process in all draws; the others wait
                 walkers.make_walkers(config.data)
     return load_dataset(config.data, config.auxiliary)
 
@@ -250,14 +258,14 @@ def training_loader(config, dataset, device):
                               steps=config.steps, seed=config.seed, rank=rank, world=world)
     cache = None
     if config.cache:
-        frames = list(dict.fromkeys(frame for t in dataset.train for frame in t.frames))
-        with first_goes_first():    # it makes one where there is none
+        frames = [frame for t in dataset.train for frame in t.frames]
+        with first_goes_first():    # FrameCache writes the file if it is missing
             cache = FrameCache(config.cache, frames, size=config.size, root=dataset.root,
                                workers=config.workers)
-    frames_of = Frames(dataset.train, size=config.size, T=config.frames,
-                       rule=frame_rule(config, dataset), cache=cache)
+    training_frames = Frames(dataset.train, size=config.size, T=config.frames,
+                             rule=chosen_rule(config, dataset), cache=cache)
     return torch.utils.data.DataLoader(
-        frames_of, batch_sampler=sampler, num_workers=config.workers,
+        training_frames, batch_sampler=sampler, num_workers=config.workers,
         pin_memory=device.type == "cuda", persistent_workers=config.workers > 0,
         worker_init_fn=ignore_interrupts, generator=torch.Generator())
 
@@ -272,18 +280,16 @@ def build(config, method, dataset, checkpoint, run):
     return rebuild(method, config, checkpoint, run.resume)
 
 
-def learning_rate_factor(config):
-    """-> a function from the epoch to the factor on the learning rate: linear warm-up from 0.01,
-    then x0.1 at each milestone, or a cosine that would be at 0.01 one epoch after the last."""
-    def factor(epoch):
-        if epoch < config.warmup_epochs:
-            return 0.01 + 0.99 * epoch / config.warmup_epochs
-        if not config.cosine:
-            return 0.1 ** bisect.bisect_right(config.milestones, epoch)
-        rest = max(1, config.epochs - config.warmup_epochs)
-        past = min(1.0, (epoch - config.warmup_epochs) / rest)
-        return 0.01 + 0.99 * (1 + math.cos(math.pi * past)) / 2
-    return factor
+def learning_rate_factor(config, epoch):
+    """The factor on the learning rate in an epoch, counted from 0: linear warm-up from 0.01, then
+    x0.1 at each milestone, or a cosine that would be at 0.01 one epoch after the last."""
+    if epoch < config.warmup_epochs:
+        return 0.01 + 0.99 * epoch / config.warmup_epochs
+    if not config.cosine:
+        return 0.1 ** bisect.bisect_right(config.milestones, epoch)
+    rest = max(1, config.epochs - config.warmup_epochs)
+    past = min(1.0, (epoch - config.warmup_epochs) / rest)
+    return 0.01 + 0.99 * (1 + math.cos(math.pi * past)) / 2
 
 
 def precision_of(config, device):
@@ -293,7 +299,8 @@ def precision_of(config, device):
 
 
 class TrainingState:
-    """What a step changes: the model's tensors, the optimizer's, the rate, the scale of float16."""
+    """What training changes: the model's tensors, the optimizer's, the rate, the scale of
+    float16."""
 
     def __init__(self, model, config, device):
         self.model, self.config, self.device = model, config, device
@@ -305,65 +312,62 @@ class TrainingState:
         self.rates = [group["lr"] for group in groups]
         self.optimizer = optimizer_class(groups, weight_decay=config.weight_decay,
                                          fused=device.type == "cuda")
-        factor = learning_rate_factor(config)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
+
+    def set_rate(self, epoch):
+        """To be called before each epoch."""
+        factor = learning_rate_factor(self.config, epoch)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
 
     def rate(self):
         return self.optimizer.param_groups[0]["lr"]
 
     def save(self, run, dataset, epoch):
-        """Writes the log, then last.pt: all that an exact resume needs, after `epoch` whole
-        epochs."""
+        """All processes come here; process 0 writes the log, then last.pt: all that an exact resume
+        needs, after `epoch` whole epochs."""
         checkpoint = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                      "scheduler": self.scheduler.state_dict(), "scaler": self.scaler.state_dict(),
-                      "epoch": epoch, "config": asdict(self.config), "classes": dataset.classes,
+                      "scaler": self.scaler.state_dict(), "epoch": epoch,
+                      "config": asdict(self.config), "classes": dataset.classes,
                       "method": self.config.method, "random": random_states(self.device)}
 
         def write(file):
             try:
                 torch.save(checkpoint, file)
             except RuntimeError as error:
-                # What torch makes of what really happened: a full disk, or Ctrl-C.
+                # torch hides what really happened behind an error of its own: a full disk, Ctrl-C.
                 raise error.__context__ or OSError(error) from None
 
         if processes()[0] == 0:
-            if epoch:
+            # The log first: a surplus line is dropped on resuming, a missing one is lost.
+            if epoch:    # nothing is logged before the first one
                 run.write_log()
             write_atomic(run.file(run.CHECKPOINT), write)
             run.whole_epochs = epoch
 
     def restore(self, checkpoint, run):
         """-> how many whole epochs are done. Raises UserError."""
-        config, is_cuda = self.config, self.device.type == "cuda"
         try:
             check_optimizer_state(self.optimizer, checkpoint["optimizer"])
             for group in checkpoint["optimizer"]["param_groups"]:
-                group["fused"] = is_cuda    # the run may have been another device's
+                # The run may have been another device's.
+                group["fused"] = self.device.type == "cuda"
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-            epoch = checkpoint["epoch"]
-            if checkpoint["scheduler"]["last_epoch"] != epoch:
-                raise ValueError(f"the schedule is not at epoch {epoch}")
-            # All else of the schedule follows from the configuration.
-            self.scheduler.load_state_dict({"last_epoch": epoch, "_step_count": epoch + 1,
-                                            "lr_lambdas": [None] * len(self.rates)})
             if checkpoint["scaler"] and self.scaler.is_enabled():
                 check_scale(checkpoint["scaler"])
                 self.scaler.load_state_dict(checkpoint["scaler"])
             restore_random_states(checkpoint["random"], self.device)
-        except Exception as error:    # torch says a dozen things of a state that is none
+        except Exception as error:    # torch raises a dozen types for an invalid state
             raise UserError(f"{run.resume} can be evaluated but not resumed "
                             f"({type(error).__name__}: {in_short(error)}); expected last.pt as "
                             "train.py wrote it") from None
-        # The schedule's options may have been overridden.
-        self.scheduler.base_lrs = self.rates
-        factor = learning_rate_factor(config)(epoch)
-        for group, lr in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group.update(lr=lr * factor, initial_lr=lr, weight_decay=config.weight_decay)
-        return epoch
+        # Rates and decay: always this command line's, not the checkpoint's. See set_rate.
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = self.config.weight_decay
+        return checkpoint["epoch"]
 
 
-def claim(run, config, dataset, model, device, first_epoch):
+def begin(run, config, dataset, model, device, first_epoch):
     """Process 0 takes the run's folder, for all; says what begins."""
     rank, world = processes()
     if rank == 0:
@@ -406,7 +410,7 @@ def warm_up(model, loader, config, device):
 def warm_up_batches(loader, steps):
     """`steps` batches, in as many passes as it takes."""
     for first in range(0, steps, len(loader)):
-        loader.batch_sampler.epoch = WARM_UP_EPOCH + first
+        loader.batch_sampler.epoch = WARM_UP_EPOCH + first    # a number that no epoch has
         yield from itertools.islice(loader, steps - first)
 
 
@@ -419,6 +423,7 @@ def untracked(module):
     norms = [m for m in module.modules() if getattr(m, "running_mean", None) is not None]
     before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm, _, batches in before:
+        # A clone: a batch norm counts in place, so on a tensor that is dropped afterwards.
         norm.momentum, norm.num_batches_tracked = 0.0, batches.clone()
     try:
         yield
@@ -431,7 +436,8 @@ def recompute_activations(model):
     """--checkpoint-activations: the modules of `model` whose class says `recomputable` keep their
     input alone and compute the rest once more in the backward pass. [ours]"""
     def contexts(module):
-        # The first pass as it is; in the second a batch would be counted twice.
+        # (context of the forward pass, context of its repetition): statistics move in the first
+        # alone.
         return nullcontext(), untracked(module)
 
     for module in model.modules():
@@ -449,7 +455,7 @@ SHORT = {"identity": "id", "triplet": "tri", "accuracy": "acc", "diversity": "di
 def brief(means):
     """{"identity_gait": 5.1, "identity_appearance": 4.8, ...} -> "id 5.1/4.8 ...": a line for the
     progress bar, where every column counts. log.jsonl has the names in full."""
-    groups = {}
+    groups = {}    # by what stands before the first _
     for name, value in means.items():
         groups.setdefault(name.split("_")[0], []).append(f"{value:.2g}")
     return " ".join(f"{SHORT.get(name, name)} {'/'.join(values)}"
@@ -466,25 +472,25 @@ class EpochMeans:
         self.rank, self.world = processes()
         self.step, self.start, self.means = 0, time.time(), {}
         self.sums = {}      # name: sum over the steps so far
-        self.recent = []    # (step, tracklets' indices, values) since all was well
+        self.recent = []    # (step, tracklets' indices, values) since the last check
         self.bar = Bar(f"epoch {epoch + 1}/{config.epochs}", config.steps, keep=True,
                        hidden=self.rank > 0)
 
     def add(self, losses, shown, index):
         """After each step: named losses, other named values, indices of its tracklets."""
         self.step += 1
-        self.losses, self.shown = list(losses), list(shown)
+        self.loss_names, self.shown_names = list(losses), list(shown)
         values = {name: value.detach() for name, value in {**losses, **shown}.items()}
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + value
         self.recent.append((self.step, index, values))
-        # Reading a value waits for the GPU.
+        # Reading a value waits for the GPU. On a CPU every step is read.
         if self.device.type == "cpu" or self.step % 10 == 0 or self.step == self.config.steps:
             self.read(tracklets=len(index))
 
     def read(self, tracklets):
         """The means over steps and processes, to the bar; stops at one that is not finite."""
-        check_parent()
+        check_parent()    # ends this process if torchrun was killed
         sums = torch.stack([value.double() for value in self.sums.values()])
         values = (averaged(sums) / self.step).tolist()
         self.means = dict(zip(self.sums, values, strict=True))
@@ -494,7 +500,7 @@ class EpochMeans:
         rate = frames / (time.time() - self.start)
         self.bar.update(len(self.recent), f"{rate:.0f} frames/s {brief(self.means)}")
         self.recent.clear()
-        if self.step == 3:
+        if self.step == 3:    # on a CPU, where every step is read
             self.say_how_long()
 
     def say_how_long(self):
@@ -520,14 +526,15 @@ class EpochMeans:
                 mine = (f"{wrong[0]} is {values[wrong[0]].item()} in {where}, step {step}; "
                         f"{advice}, or look at the batch's tracklets: {batch}")
                 break
+        # All processes come here: the mean is the same in all.
         found = [words for words in from_all(mine) if words]
         return found[0] if found else f"the mean of a loss is not finite in {where}; {advice}"
 
     def close(self):
         """-> the epoch's part of the log."""
         self.bar.close()
-        return {"losses": {name: self.means[name] for name in self.losses},
-                "shown": {name: self.means[name] for name in self.shown},
+        return {"losses": {name: self.means[name] for name in self.loss_names},
+                "shown": {name: self.means[name] for name in self.shown_names},
                 "seconds": round(time.time() - self.start, 1)}
 
 
@@ -546,11 +553,13 @@ def is_due(epoch, config):
 def catch_up_evaluation(model, dataset, config, device, run, epoch):
     """A run may have been stopped after its last checkpoint and before the evaluation that was
     due."""
+    # Without rank-1 in the log's last line there was none: report adds it. After the last epoch
+    # train reports in any case.
     if run.log and epoch < config.epochs and is_due(epoch, config) and "rank-1" not in run.log[-1]:
         report(model, dataset, config, device, run, epoch)
 
 
-def in_brief(directions):
+def for_the_log(directions):
     """{direction: its results} -> what the log keeps: {"rank-1": {direction: share}, "mAP": ...}"""
     return {key: {d: r[key] for d, r in directions.items()} for key in ("rank-1", "mAP")}
 
@@ -558,7 +567,7 @@ def in_brief(directions):
 def report(model, dataset, config, device, run, epoch):
     """Evaluates; writes results.json and the pictures, adds Rank-1 and mAP, each stream's too, to
     the last line of the log; prints the table."""
-    take_buffers_of_first(model)
+    take_buffers_of_first(model)    # all evaluate with the batch norms of process 0
     start = time.time()
     results, _, _ = evaluate(model, dataset, config, device)
     if results is not None:    # process 0
@@ -567,11 +576,12 @@ def report(model, dataset, config, device, run, epoch):
                    "seconds": round(trained + time.time() - start, 1)}
         write_json(run.file("results.json"), results)
         if run.log:
-            streams = {name: in_brief(alone) for name, alone in results["streams"].items()}
-            run.log[-1] |= {**in_brief(results["directions"]), "streams": streams}
+            streams = {name: for_the_log(alone) for name, alone in results["streams"].items()}
+            run.log[-1] |= {**for_the_log(results["directions"]), "streams": streams}
         drawn = draw_pictures(model, dataset, config, device, run, epoch)
+        # Last: catch_up_evaluation takes a logged rank-1 as proof that all of this was done.
         if run.log:
-            run.write_log()    # last: what the log holds is not caught up on
+            run.write_log()
         words = f"\n{table(results)}\n"
         if epoch == config.epochs:
             words += f"Everything is in {printable(run.path)}{os.sep}{drawn}"
@@ -595,11 +605,11 @@ def draw_pictures(model, dataset, config, device, run, epoch):
 
 # ------------------------------------------------------------- command line ----
 
-def config_class(name):
+def method_and_config(name):
     """A method's name -> its class, and the dataclass of its whole configuration. Raises
     UserError."""
     method = load_method(name)
-    return method, make_dataclass("Config", [], bases=(method.Options, Config))
+    return method, joined(method.Options, Config)
 
 
 def first_look(words):
@@ -618,7 +628,7 @@ def read_command_line(words=None):
     checkpoint = read_checkpoint(resume) if resume else None
     if checkpoint:
         method_name = method_of(checkpoint, method_name, resume)
-    method, kind = config_class(method_name or Config.method)
+    method, config_class = method_and_config(method_name or Config.method)
     parser = Parser(description=__doc__.split("\n\n")[0])
     runs = parser.add_argument_group("run")
     runs.add_argument("--preset", choices=("paper", "small"), help="paper (default for a real "
@@ -627,8 +637,8 @@ def read_command_line(words=None):
                       help="the run's folder; default: a new one under runs/")
     runs.add_argument("--resume", metavar="RUN", help="a run's folder; other options given here "
                       "override its own")
-    add_options(parser, kind, method.Options.small)
-    given = given_options(parser.parse_args(words))
+    add_options(parser, config_class, method.Options.small)
+    given = given_options(parser.parse_args(words))    # what was typed: Parser drops defaults
     preset, run_path = given.pop("preset", None), given.pop("run", None)
     empty = [name for name in ("method", "resume", "data") if given.get(name) == ""]
     if empty:
@@ -638,7 +648,7 @@ def read_command_line(words=None):
     if checkpoint:
         if preset:
             raise UserError("--preset cannot be changed on --resume; name the options to override")
-        config = resumed_config(kind, checkpoint, given, resume)
+        config = resumed_config(config_class, checkpoint, given, resume)
         if not os.path.isdir(resume):    # last.pt itself
             resume = os.path.dirname(resume) or "."
         run_path = run_path or resume
@@ -646,26 +656,27 @@ def read_command_line(words=None):
         is_real = "data" in given and not is_walkers(given["data"])
         preset = preset or ("paper" if is_real else "small")
         changed = method.Options.small if preset == "small" else {}
-        config = kind(**{**changed, **given})
+        config = config_class(**{**changed, **given})
     check(config)
     return config, method, RunFolder(run_path, resume or None), checkpoint
 
 
-def resumed_config(kind, checkpoint, given, resume):
+def resumed_config(config_class, checkpoint, given, resume):
     """A checkpoint's configuration, overridden by what was given. Raises UserError."""
-    missing = {"optimizer", "scheduler", "scaler", "random"} - checkpoint.keys()
+    missing = {"optimizer", "scaler", "random"} - checkpoint.keys()
     if missing:
         raise UserError(f"{resume} can be evaluated but not resumed: it has no "
                         f"{', '.join(sorted(missing))}")
     if checkpoint.get("step"):
         raise UserError(f"{resume} was saved in the middle of an epoch, by an older version; it "
                         "can be evaluated, or resumed with the code that wrote it")
-    stored = stored_config(kind, checkpoint["config"], resume)
+    stored = stored_config(config_class, checkpoint["config"], resume)
     given_optimizer = given.get("optimizer", stored.optimizer)
     if given_optimizer != stored.optimizer:
         raise UserError(f"--optimizer {given_optimizer} cannot go on with the state of "
                         f"{stored.optimizer}; drop it, or begin a new run")
-    # --cache is a file that is written: only whoever runs this may name it, never a checkpoint.
+    # --cache is a file that is written: only whoever runs this may name it, never a checkpoint. The
+    # method is the one that method_of has checked: the stored configuration may name another.
     return replace(stored, **{"cache": "", "method": checkpoint["method"], **given})
 
 

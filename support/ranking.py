@@ -45,9 +45,9 @@ def distances(query, gallery, rows=256):
     for p, centre in enumerate(gallery.mean(0)):
         gallery_part = gallery[:, p] - centre    # (G, D)
         blocks = zip(query[:, p].split(rows), result.split(rows), strict=True)
-        for query_part, block in blocks:
+        for query_part, block in blocks:    # block: a view, so this adds into result
             block += torch.cdist(query_part - centre, gallery_part)
-    return result / query.shape[1]
+    return result.div_(query.shape[1])
 
 
 # ----------------------------------------------------------------- ranks ----
@@ -60,18 +60,16 @@ class Labels(NamedTuple):
     camera: torch.Tensor | None
 
 
-def as_integers(*sequences):
-    """Sequences of pids or cameras -> integer tensors, equal where the values are."""
-    values = np.concatenate([np.asarray(sequence) for sequence in sequences])
-    number = np.unique(values, return_inverse=True)[1]
-    return torch.from_numpy(number).split([len(sequence) for sequence in sequences])
+def as_integers(values):
+    """A list of pids or of cameras -> integers (N,), equal where the values are."""
+    return torch.from_numpy(np.unique(values, return_inverse=True)[1])
 
 
 def matches(query, gallery, rows):
-    """query, gallery: Labels; rows: indices of queries -> two of (len(rows), G) bool: is the
+    """query, gallery: Labels; rows: indices of queries -> match, valid (len(rows), G) bool: is the
     gallery tracklet the query's person, and does it count?
 
-    The same person before the same camera is too easy, and ignored."""
+    The same person before the same camera is too easy, and does not count."""
     match = query.pid[rows][:, None] == gallery.pid
     if query.camera is None:
         return match, torch.ones_like(match)
@@ -81,27 +79,28 @@ def matches(query, gallery, rows):
 
 def ranks_of_hits(distance, match, valid):
     """distance (Q, G); match, valid (Q, G) bool, see matches -> ranks (Q, M) of each query's hits,
-    ascending, padded, and number (Q,): how many of a row are real.
+    ascending, and number (Q,): so many of a row are real, the rest fills it up.
 
-    M: the largest number of a query's matches, at least 1. Before a hit come all wrong ones that
-    are as near or nearer, for a tie counts against the query, and the hits before it. So only
-    values are sorted and no indices, which numpy does on a CPU ten times as fast as torch."""
+    M: the largest number of a query's matches, at least 1. A hit's rank is 1 + the wrong ones that
+    are as near or nearer (a tie counts against the query) + the hits before it. To count them,
+    sorted values are enough, without their indices: numpy sorts values ten times as fast on a CPU
+    as torch."""
     distance = distance.contiguous()
     if distance.is_cpu:
         everyone = torch.from_numpy(np.sort(distance.numpy(), axis=1))
     else:
         everyone = distance.sort(1).values    # (Q, G)
     M = max(1, int(match.sum(1).max()))
-    # The query's person, nearest first, then infinity, which is no hit; and likewise without those
-    # that do not count.
+    # own (Q, M): the distances of the query's person, nearest first. hits (Q, M): of those that
+    # count. Both are filled up with infinity.
     own, column = torch.where(match, distance, torch.inf).topk(M, largest=False)
-    hits = own.masked_fill(~valid.gather(1, column), torch.inf).sort(1).values    # (Q, M)
-    # Wrong ones as near or nearer = all, less the person's own (those that do not count too); then
-    # comes this hit's own place among the hits.
+    hits = own.masked_fill(~valid.gather(1, column), torch.inf).sort(1).values
+    # The wrong ones as near or nearer: all as near or nearer, less the person's own, whether they
+    # count or not.
     all_before = torch.searchsorted(everyone, hits, right=True)
     own_before = torch.searchsorted(own, hits, right=True)
-    ranks = all_before - own_before + torch.arange(1, M + 1, device=distance.device)
-    return ranks, hits.isfinite().sum(1)
+    place = torch.arange(1, M + 1, device=distance.device)    # of a hit among the hits
+    return all_before - own_before + place, hits.isfinite().sum(1)
 
 
 def scores_of_ranks(ranks, number):
@@ -117,7 +116,7 @@ def scores_of_ranks(ranks, number):
 
 def score(distance_of, query, gallery, block=512):
     """The results of one direction, a block of queries at a time: {"rank-1": ..., "mAP", "mINP",
-    "queries", "gallery"}, fractions of 1. rank-5, 10, 20: where the gallery is as large.
+    "queries", "gallery"}, fractions of 1. rank-r only if the gallery has r tracklets.
 
     distance_of(rows) -> (len(rows), G); query, gallery: Labels. "queries" counts those whose
     person is in the gallery; the others are left out. Raises UserError if nothing can be
@@ -126,8 +125,8 @@ def score(distance_of, query, gallery, block=512):
     blocks = []
     for rows in torch.arange(Q).split(block):
         distance = distance_of(rows)
-        extremes = torch.stack(distance.aminmax())    # NaN spreads: neither is finite then
-        if not extremes.isfinite().all():
+        # The smallest and the largest: if one distance is NaN, both are.
+        if not torch.stack(distance.aminmax()).isfinite().all():
             raise UserError("the distances are not finite; the model's embeddings hold NaN or "
                             "infinity: train with a lower --lr or with --precision float32")
         match, valid = matches(query, gallery, rows)
@@ -144,17 +143,6 @@ def score(distance_of, query, gallery, block=512):
     return results | {"queries": int(kept.sum()), "gallery": G}
 
 
-def metrics(distance, query_pid, gallery_pid, query_camera=None, gallery_camera=None):
-    """score for a whole matrix and plain lists, for use from outside: distance (Q, G) -> results.
-    With cameras given, gallery tracklets of the query's
-    pid and camera are ignored. Raises UserError if nothing can be ranked."""
-    query_pid, gallery_pid = as_integers(query_pid, gallery_pid)
-    if query_camera is not None:
-        query_camera, gallery_camera = as_integers(query_camera, gallery_camera)
-    query, gallery = Labels(query_pid, query_camera), Labels(gallery_pid, gallery_camera)
-    return score(lambda rows: distance[rows], query, gallery)
-
-
 # ------------------------------------------------------------ re-ranking ----
 
 
@@ -164,11 +152,12 @@ def rerank(distance, Q, k1=20, k2=6, weight=0.3):
 
     Who is near to whom, seen from both sides: a tracklet is described by its k-reciprocal
     neighbours, weighted by their distances, and two are compared by how far these descriptions
-    overlap. Beside the distances only neighbours are kept. The names are the paper's; N, Q and G
-    are sizes."""
+    overlap. Memory beside the distances: the result, V (sparse) and a few neighbours of each.
+    The names are the paper's; N, Q and G are sizes."""
     N = len(distance)
-    farthest = distance.amax(1).clamp(min=1e-6)    # every row in units of its own
-    neighbours = distance.topk(min(max(k1 + 1, k2), N), largest=False).indices    # (N, k) ascending
+    farthest = distance.amax(1).clamp(min=1e-6)    # each row is divided by its own largest
+    needed = min(max(k1 + 1, k2), N)
+    neighbours = distance.topk(needed, largest=False).indices    # (N, needed), the nearest first
     row, column = expanded_sets(neighbours, k1)
     V = gaussian_weights(distance, farthest, row, column)
     V = local_query_expansion(V, neighbours[:, :k2])
@@ -180,29 +169,35 @@ def rerank(distance, Q, k1=20, k2=6, weight=0.3):
 
 
 def are_reciprocal(neighbours, k):
-    """neighbours (N, K), each row's own nearest -> (N, k) bool, [i, a]: is i among the k nearest of
-    its a-th neighbour? The paper's R(i, k) are the neighbours of whom this is true."""
-    theirs = neighbours[:, :k][neighbours[:, :k]]    # (N, k, k): of each neighbour, the k nearest
+    """neighbours (N, K): each one's nearest -> (N, k) bool, [i, a]: is i among the k nearest of its
+    a-th neighbour? The paper's R(i, k) are the neighbours of i of whom this is true."""
+    nearest_k = neighbours[:, :k]
+    theirs = nearest_k[nearest_k]    # (N, k, k): of i, of its a-th neighbour, the k nearest
     me = torch.arange(len(neighbours), device=neighbours.device)
     return (theirs == me[:, None, None]).any(2)
 
 
 def expanded_sets(neighbours, k1):
-    """neighbours (N, K) -> the paper's R*(i, k1) of all i, as pairs: row i (E,), member (E,).
+    """neighbours (N, K) -> the paper's R*(i, k1) of all i, as pairs (2, E): i, and a member of its
+    R*.
 
-    R(i, k1) takes in the set R(j, k1 / 2) of each of its members j with which it has more than two
-    thirds of that set in common. One is one's own nearest: hence k + 1."""
+    R*(i) is R(i, k1) and every R(j, k1/2), j in R(i, k1), for which
+    |R(i, k1) & R(j, k1/2)| > 2/3 |R(j, k1/2)|. Everyone is their own nearest: hence k1 + 1."""
     N, device = len(neighbours), neighbours.device
     k, half = min(k1 + 1, N), min(round(k1 / 2) + 1, N)
     in_R, in_R_half = are_reciprocal(neighbours, k), are_reciprocal(neighbours, half)
     pairs = []
     for rows in torch.arange(N, device=device).split(256):
-        mine = neighbours[rows, :k]    # (b, k)
+        # R(i, k1) as a row of N: is_member[i, j].
+        mine = neighbours[rows, :k]    # (b, k): the candidates j
         is_member = torch.zeros(len(rows), N, dtype=torch.bool, device=device)
-        is_member.scatter_(1, mine, in_R[rows])    # R; below it grows to R*
+        is_member.scatter_(1, mine, in_R[rows])
+        # R(j, k1/2): those of theirs for whom is_theirs.
         theirs, is_theirs = neighbours[mine, :half], in_R_half[mine]    # (b, k, half)
+        # |R(i, k1) & R(j, k1/2)| > 2/3 |R(j, k1/2)|
         is_common = is_member.gather(1, theirs.flatten(1)).view_as(theirs) & is_theirs
         overlaps = is_common.sum(2) > 2 / 3 * is_theirs.sum(2)    # (b, k)
+        # R*(i): such an R(j, k1/2) joins, if j is in R(i, k1).
         joins = (in_R[rows] & overlaps)[:, :, None] & is_theirs
         is_member[joins.nonzero()[:, 0], theirs[joins]] = True
         row, column = is_member.nonzero(as_tuple=True)
@@ -237,8 +232,9 @@ def local_query_expansion(V, neighbours):
 
 
 def ranges(start, size):
-    """start (n,), size (n,) -> start[0], start[0] + 1, ... of size[0] numbers, then those from
-    start[1]: [5, 0], [2, 3] -> 5 6 0 1 2."""
+    """start (n,), size (n,) -> size[0] numbers from start[0] on, then size[1] from start[1] on, ...
+    [5, 0], [2, 3] -> 5 6 0 1 2."""
+    # Range i begins at place cumsum - size of the result: 0 1 2 3 4 is shifted by 5 5 -2 -2 -2.
     shift = start - (size.cumsum(0) - size)
     return torch.arange(int(size.sum()), device=size.device) + shift.repeat_interleave(size)
 
@@ -247,8 +243,9 @@ def jaccard_distances(V, Q):
     """V (N, N) sparse, coalesced -> (Q, N - Q): 1 - sum of min(V[q], V[g]) / sum of max(V[q],
     V[g]).
 
-    The rows of V sum to 1: the maxima and the minima are 2 together. A minimum is above 0 only in a
-    column that both have: so each entry of a query meets the gallery's entries of its column."""
+    The rows of V sum to 1, so the maxima and the minima sum to 2 together. A minimum is above 0
+    only in a column where both rows have an entry: so each entry of a query is compared with the
+    gallery's entries of its column, and with nothing else."""
     N, G = len(V), len(V) - Q
     (row, column), value = V.indices(), V.values()    # (E,) each, row by row, the queries' first
     # The gallery's entries, column by column: `size` of them in a column, from `start` on.
@@ -262,7 +259,8 @@ def jaccard_distances(V, Q):
         last = min(first + 64, Q)
         begin, end = torch.searchsorted(row, torch.tensor([first, last], device=V.device)).tolist()
         mine = column[begin:end]
-        # Each entry of the block as often as the gallery has entries in its column: (pairs,).
+        # (pairs,): each entry of the block with each of the gallery's entries of its column, so it
+        # comes as often as there are such.
         query_entry = begin + torch.repeat_interleave(size[mine])
         gallery_entry = ranges(start[mine], size[mine])
         smaller = torch.minimum(value[query_entry], gallery_value[gallery_entry])
@@ -303,8 +301,9 @@ def nearest(query, piece, G, top, rows=1024):
 # -------------------------------------------------------------- FILE.npz ----
 
 EMBEDDING = np.dtype("<f4")
-# name: (how its type's name begins in numpy, number of axes after the first).
+# numpy's names of the types: "<U" text, "<i", "<u", "|i", "|u" whole numbers.
 TEXT, WHOLE_NUMBERS = ("<U",), ("<i", "<u", "|i", "|u")
+# name: (how its type's name begins, number of axes after the first).
 COLUMNS = {"name": (TEXT, 0), "pid": (WHOLE_NUMBERS, 0), "camera": (TEXT, 0),
            "modality": (TEXT, 0), "frame": (TEXT, 0), "shown": (TEXT, 1)}
 HEADS = ("model", "setting")
@@ -323,10 +322,13 @@ class StoredArray(NamedTuple):
 
 
 def locate(file, entry):
-    """An open FILE.npz and an entry of its zip -> StoredArray. Raises ValueError unless the array
-    fills its entry and the entry lies in the file; other errors where there is no array."""
+    """An open FILE.npz and an entry of its zip -> StoredArray. Raises ValueError unless the entry
+    lies whole in the file and the array ends where the entry ends; other errors where there is no
+    array."""
     file.seek(entry.header_offset)
-    header = file.read(30)    # ends with the lengths of name and extra field, which follow it
+    # The entry's header: 30 bytes, then a name and an extra field. The last 4 bytes are the lengths
+    # of these two.
+    header = file.read(30)
     name_length, extra_length = struct.unpack("<HH", header[26:])
     begin = entry.header_offset + len(header) + name_length + extra_length
     end = begin + entry.file_size
@@ -421,10 +423,11 @@ class StoredGallery:
 
 
 def write_gallery(file, columns, embeddings):
-    """Writes a FILE.npz into an open binary file. columns: {name, pid, camera, modality, frame (the
-    first), shown (some, for pictures): a list with an item for each tracklet; model, setting: a
-    list of one}; embeddings: each tracklet's (parts, dim), one after the other; one at a time is in
-    memory."""
+    """Writes a FILE.npz into an open binary file.
+
+    columns: {"name", "pid", "camera", "modality", "frame" (the first), "shown" (some, for
+    pictures): lists with an item for each tracklet; "model", "setting": lists of one item}.
+    embeddings: yields each tracklet's (parts, dim); one at a time is in memory."""
     N = len(columns["name"])
     with zipfile.ZipFile(file, "w") as archive:    # stored, not compressed: it is read in place
         with archive.open("embedding.npy", "w", force_zip64=True) as member:
@@ -440,8 +443,8 @@ def write_gallery(file, columns, embeddings):
 
 
 def fingerprint(model):
-    """-> 64 hex digits, the same for the same tensors: distances between the embeddings of two
-    models mean nothing."""
+    """-> 64 hex digits, the same for the same tensors: has this model made the gallery? Distances
+    between the embeddings of two models mean nothing."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())

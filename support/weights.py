@@ -147,7 +147,7 @@ def rebuild(method, config, checkpoint, path):
 
 
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}    # what Adam and AdamW keep of a parameter
-CHOSEN = {"lr", "initial_lr", "weight_decay", "fused"}    # by the configuration and the device
+CHOSEN = {"lr", "weight_decay", "fused"}    # by the configuration and the device
 
 
 def check_optimizer_state(optimizer, state):

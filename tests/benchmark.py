@@ -32,7 +32,8 @@ from pbmge import PBMGE
 from support.dinov2 import TokenLinear
 from support.footage import FrameCache
 from support.options import keep_memory
-from support.ranking import StoredGallery, distances, metrics, nearest, rerank, write_gallery
+from support.ranking import StoredGallery, distances, nearest, rerank, write_gallery
+from test_metrics import metrics
 from test_pbmge import literal_pbmge
 
 import numpy as np

@@ -84,7 +84,7 @@ def test_hitsz_layouts_and_zero_padding(tmp_path, layout, digits):
     train, test = tracks((1, 30), each=2, cameras=(12,)), tracks((4, 105), each=10, cameras=(3, 12))
     dataset = load_dataset(write_hitsz(tmp_path, layout, train, test, digits))
     assert (dataset.name, dataset.ignore_same_camera) == ("HITSZ-VCM", True)
-    assert dataset.test_frames == "chunks"
+    assert dataset.frame_rule == "chunks"
     assert hitsz_rows(dataset.train) == train and hitsz_rows(dataset.test) == test
     assert dataset.classes == [1, 30]
     for split, tracklets in ("Train", dataset.train), ("Test", dataset.test):
@@ -137,7 +137,7 @@ def test_bupt_tracklets_and_directions(tmp_path, apart):
     root = write_buptcampus(tmp_path, train=pairs((3, 1), frames=1), test=test, apart=apart)
     dataset = load_dataset(root)
     assert (dataset.name, dataset.ignore_same_camera) == ("BUPTCampus", False)
-    assert dataset.test_frames == "linspace"
+    assert dataset.frame_rule == "linspace"
     assert dataset.classes == [1, 3]    # tracklets of one frame stay, unlike in HITSZ-VCM
     expected = [f"{pid} {mode} {camera} {tracklet}"
                 for pid, camera, tracklet, _ in pairs((1, 3)) for mode in ("RGB", "IR")]
@@ -208,7 +208,7 @@ def test_a_gallery_under_20_loads_and_evaluates(tmp_path, people, ranks):
     assert dataset.classes == [1, 2]
     for query, gallery in dataset.directions.values():
         assert len(query) == len(gallery) == 2 * people
-    config = evaluate.Reading(size=(32, 16), frames=2, workers=0, test_batch=3)
+    config = evaluate.EvaluationOptions(size=(32, 16), frames=2, workers=0, test_batch=3)
     results, _, _ = evaluate.evaluate(MeanColour(), dataset, config, torch.device("cpu"))
     table = evaluate.table(results)
     for result in results["directions"].values():
@@ -331,6 +331,13 @@ def test_fault_is_refused_and_printed(request, tmp_path, fault):
             read_dataset(root)
     else:
         assert word in " ".join(read_dataset(root).problems)
+
+
+def test_a_wrong_row_is_not_counted_among_the_short_tracks(hitsz, tmp_path):
+    root = clone(hitsz, tmp_path / "d")
+    edit(root / INFO, replace("1 1 12 1 1", "1 1 x 1 1"))
+    dataset = read_dataset(root)
+    assert dataset.problems and not any("have under" in note for note in dataset.notes)
 
 
 @pytest.mark.parametrize("name", ["hitsz", "bupt"])
@@ -505,10 +512,10 @@ def test_consecutive_frames(T):
 
 def test_an_unknown_frame_rule_is_refused(hitsz, tmp_path):
     dataset = load_dataset(hitsz)
-    assert data.frame_rule(SimpleNamespace(frame_rule=""), dataset) == "chunks"
-    assert data.frame_rule(SimpleNamespace(frame_rule="consecutive"), dataset) == "consecutive"
+    assert data.chosen_rule(SimpleNamespace(frame_rule=""), dataset) == "chunks"
+    assert data.chosen_rule(SimpleNamespace(frame_rule="consecutive"), dataset) == "consecutive"
     with pytest.raises(UserError, match="chunk5.*chunks, linspace, consecutive"):
-        data.frame_rule(SimpleNamespace(frame_rule="chunk5"), dataset)
+        data.chosen_rule(SimpleNamespace(frame_rule="chunk5"), dataset)
     command = ["--data", hitsz, "--run", tmp_path / "r", "--preset", "small", "--identities", 2]
     result = here("train.py", *command, "--frame-rule", "chunk5")
     fails(result, "--frame-rule chunk5", "consecutive")

@@ -47,14 +47,14 @@ def other_way_round(x):
 def computed(official, frames):
     """Everything the network gives for one visible and one infrared tracklet, computed once: in an
     embedding of the infrared one and then the visible one. Here the visible one is the first."""
-    seen, streams_of = [], official.streams
+    seen, parts_by_stream = [], official.parts_by_stream
 
-    def streams(*arguments):
-        seen.append(streams_of(*arguments))
+    def watched(*arguments):
+        seen.append(parts_by_stream(*arguments))
         return seen[-1]
 
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(official, "streams", streams)
+        patch.setattr(official, "parts_by_stream", watched)
         embedding = official.embed(other_way_round(frames), torch.tensor([1, 0]))
         features = official.sasgl.features(frames[0, :1])
     (streams, codes), = seen

@@ -264,7 +264,7 @@ def read_all(folder):
 
 def small_net(name, **changes):
     """A small network, the same at each call, wholly in training mode."""
-    method, configuration = train.config_class(name)
+    method, configuration = train.method_and_config(name)
     small = {**method.Options.small, **changes}
     if name == "dinogrl":
         small |= {"width": 8, "dim": 8, "dino_size": (112, 56), "code_size": (16, 8),

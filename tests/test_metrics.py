@@ -13,7 +13,7 @@ from evaluate import evaluate, table
 from layouts import tracks, write_hitsz
 from support.files import UserError
 from support.footage import read_frame
-from support.ranking import distances, metrics
+from support.ranking import Labels, as_integers, distances, score
 
 import numpy as np
 import pytest
@@ -26,6 +26,20 @@ NAN, INF = math.nan, math.inf
 def ranks_of(gallery):
     """The results that a gallery of that size has: no rank is larger than it."""
     return [f"rank-{r}" for r in RANKS if r <= gallery]
+
+
+def metrics(distance, query_pid, gallery_pid, query_camera=None, gallery_camera=None):
+    """score for a whole matrix (Q, G) and plain sequences. With cameras given, gallery tracklets of
+    the query's pid and camera are ignored."""
+    def integers(query, gallery):
+        both = np.concatenate([np.asarray(query), np.asarray(gallery)])
+        return as_integers(both).split([len(query), len(gallery)])
+
+    query_pid, gallery_pid = integers(query_pid, gallery_pid)
+    if query_camera is not None:
+        query_camera, gallery_camera = integers(query_camera, gallery_camera)
+    query, gallery = Labels(query_pid, query_camera), Labels(gallery_pid, gallery_camera)
+    return score(lambda rows: distance[rows], query, gallery)
 
 
 def values(result, *names):

@@ -16,7 +16,7 @@ from sasgl import MaskBranch
 from support.files import UserError
 from support.options import check_ranges
 from support.resnet import Stages, Stem, load_resnet50
-from train import config_class
+from train import method_and_config
 
 import pytest
 import torch
@@ -103,7 +103,7 @@ def test_the_streams_of_an_embedding_are_those_it_was_made_of(switches):
     """All of it, gait first. Where there is one alone, none is named."""
     model = small_model(**switches).eval()
     batch = torch.randn(4, 2, 3, 64, 32), BATCH["modality"]
-    embedding, (streams, _) = model.embed(*batch), model.streams(*batch)
+    embedding, (streams, _) = model.embed(*batch), model.parts_by_stream(*batch)
     named = model.streams_of(embedding)
     assert list(named) == list(streams) == ["gait", "appearance"]
     assert all(torch.equal(named[name], parts) for name, parts in streams.items())
@@ -141,7 +141,7 @@ def test_strips_are_an_option():
 @pytest.mark.parametrize("strips", [
     (), (1,), (2, 4), (1, 0), (1, -2), (1, 257), (1,) * 11, (1, 3), (1, 32)])
 def test_strips_that_cannot_be_cut_are_refused(strips):
-    _, configuration = config_class("dinogrl")
+    _, configuration = method_and_config("dinogrl")
     configuration().check()
     with pytest.raises(UserError, match="strips"):
         configuration(strips=strips).check()
@@ -333,7 +333,7 @@ def test_official_files_other_class_counts_and_every_wrong_key_listed(official_f
 
 
 def test_paper_preset_is_resnet50_and_70_parts_of_256():
-    method, configuration = config_class("dinogrl")
+    method, configuration = method_and_config("dinogrl")
     assert method.__name__ == "DinoGRL" and configuration().dinov2 == "dinov2_vits14"
     with torch.device("meta"):
         model = method(configuration(), 500, pretrained=False)

@@ -105,7 +105,7 @@ def train_with(words):
 # ------------------------------------------------------ one step of one batch ----
 
 def small_model(name):
-    method, kind = train.config_class(name)
+    method, kind = train.method_and_config(name)
     small = dict(method.Options.small)
     if name == "dinogrl":
         small |= {"width": 8, "dim": 8, "dino_size": (112, 56), "code_size": (16, 8),

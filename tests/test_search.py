@@ -14,7 +14,8 @@ from evaluate import clips
 from layouts import picture
 from scripts import OWNED, TINY, TINY_LSMRL, Evil, fails, here, succeeds, tensors_of
 from support.footage import find_footage
-from support.ranking import distances, metrics, rerank
+from support.ranking import distances, rerank
+from test_metrics import metrics
 
 import numpy as np
 import pytest
