@@ -24,7 +24,7 @@ search.
 import math
 import os
 import time
-from dataclasses import dataclass, fields, make_dataclass
+from dataclasses import dataclass, fields, make_dataclass, replace
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
@@ -82,6 +82,7 @@ from support.weights import read_checkpoint, rebuild
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 LONGEST = 20    # ranked tracklets that a picture can hold
 MOST_ROWS = 50    # queries in a picture of a search
@@ -190,6 +191,39 @@ def embed_shared(model, tracklets, config, device, **how):
     return torch.cat(parts).cpu()
 
 
+def image_of(frame):
+    """A PIL image, a uint8 array (H, W, 3) or (H, W), or a path -> PIL image or path, as Frames
+    reads them. Raises UserError."""
+    if isinstance(frame, (str, os.PathLike)):
+        return os.fspath(frame)
+    if isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and (
+            frame.ndim == 2 or frame.ndim == 3 and frame.shape[2] == 3):
+        return Image.fromarray(frame)
+    if not isinstance(frame, Image.Image):
+        shape = f" of {frame.dtype}, {frame.shape}" if isinstance(frame, np.ndarray) else ""
+        raise UserError(f"a frame is {type(frame).__name__}{shape}; expected a PIL image, a uint8 "
+                        "array (H, W, 3) or (H, W), or a path")
+    return frame
+
+
+def embed_images(model, config, tracklets, modality):
+    """From Python: embeds tracklets of one modality, "visible" or "infrared".
+
+    model, config: of load_run or load_authors_files. tracklets: N lists of frames in order; a frame
+    is a PIL image, a uint8 array (H, W, 3) or (H, W), or a path, of any size, and is left as it is.
+    -> (N, parts, dim), float32 on the CPU; support.ranking.distances compares two of them. Computes
+    where the model is. Raises UserError for what is none of this."""
+    if modality not in MODALITIES:
+        raise UserError(f"modality {modality!r}; expected {' or '.join(MODALITIES)}")
+    made = [Tracklet(tuple(map(image_of, frames)), -1, "", modality) for frames in tracklets]
+    if not all(tracklet.frames for tracklet in made) or not made:
+        raise UserError("no tracklet, or one without frames; expected a list of lists of frames")
+    config = replace(config, workers=0)    # images at hand need no loader process
+    device = next(model.parameters()).device
+    rule = config.frame_rule or "chunks"
+    return torch.stack(list(embed_tracklets(model, made, config, device, rule)))
+
+
 # -------------------------------------------------------------- evaluation ----
 
 class Direction:
@@ -222,15 +256,17 @@ class Direction:
         return score(self.distance, *self.labels)
 
     def ranked(self, row, top):
-        """-> the query's tracklet, and the `top` nearest as (distance, tracklet), without those
-        that the protocol ignores."""
+        """-> the query's tracklet, and the `top` nearest as (distance, tracklet, distance of each
+        part (P,)), without those that the protocol ignores."""
         rows = torch.tensor([row])
         _, valid = matches(*self.labels, rows)
         distance = self.distance(rows)[0].cpu().masked_fill(~valid[0], torch.inf)
         found = []
         for place in distance.argsort(stable=True)[:top].tolist():
             if distance[place] < math.inf:
-                found.append((distance[place].item(), self.dataset.test[self.gallery[place]]))
+                tracklet = self.dataset.test[self.gallery[place]]
+                parts = self.gallery_parts[place].cpu() - self.query_parts[row]    # (P, D)
+                found.append((distance[place].item(), tracklet, parts.norm(dim=1)))
         return self.dataset.test[self.query[row]], found
 
 
@@ -260,15 +296,21 @@ def evaluate(model, dataset, config, device, *, reranked=False, all_frames=False
     return results, embeddings, directions
 
 
-def ranked_lists(directions, top, words):
+def strips_of(model, distance):
+    """The distance of each part (P,) -> for draw_ranking, {stream: that of each of its strips};
+    empty for a method that names no strips."""
+    return model.strips_of(distance) if hasattr(model, "strips_of") else {}
+
+
+def ranked_lists(model, directions, top, words):
     """Rows for draw_ranking: four queries of each direction, evenly taken. words: added to the
     title, such as ", all frames"."""
     lists = []
     for direction in directions:
         for row in evenly(range(len(direction.query)), 4):
             query, found = direction.ranked(row, min(top, LONGEST))
-            ranked = [Found(f"{t.camera}, person {t.pid}", t.frames, distance, t.pid == query.pid)
-                      for distance, t in found]
+            ranked = [Found(f"{t.camera}, person {t.pid}", t.frames, distance, t.pid == query.pid,
+                            strips_of(model, parts)) for distance, t, parts in found]
             title = f"{direction.name}{words}: {query.camera}, person {query.pid}"
             lists.append(Row(title, query.frames, ranked))
     return lists
@@ -468,11 +510,13 @@ def search(args, model, config, device):
 
 
 class Hit(NamedTuple):
-    """A gallery tracklet in a ranked list. shown: paths of some of its frames."""
+    """A gallery tracklet in a ranked list. shown: paths of some of its frames; strips: see
+    strips_of."""
     name: str
     modality: str
     distance: float
     shown: list
+    strips: dict
 
 
 def nearest_of(queries, stored, args, model, config, device):
@@ -491,7 +535,9 @@ def nearest_of(queries, stored, args, model, config, device):
         for value, row in zip(distance[q].tolist(), index[q].tolist(), strict=True):
             found, modality, shown = (stored.rows(column, row, row + 1)[0].tolist()
                                       for column in ("name", "modality", "shown"))
-            ranked[name].append(Hit(found, modality, value, shown))
+            embedding = torch.from_numpy(stored.rows("embedding", row, row + 1)[0])
+            parts = (query[q].cpu() - embedding).norm(dim=1)    # (P,)
+            ranked[name].append(Hit(found, modality, value, shown, strips_of(model, parts)))
     return ranked
 
 
@@ -507,7 +553,8 @@ def print_list(name, tracklet, hits, gallery):
 def draw_search(args, queries, ranked, config):
     lists = []
     for name, tracklet in list(queries.items())[:MOST_ROWS]:
-        hits = [Found(hit.name, hit.shown, hit.distance, None) for hit in ranked[name][:LONGEST]]
+        hits = [Found(hit.name, hit.shown, hit.distance, None, hit.strips)
+                for hit in ranked[name][:LONGEST]]
         lists.append(Row(f"{name}, {tracklet.modality}", tracklet.frames, hits))
     write_picture(args.figure, draw_ranking(lists, config.size))
     if len(queries) > MOST_ROWS or args.top > LONGEST:
@@ -701,7 +748,7 @@ def report(args, model, config, device, head, start):
                         setting_of(config, args.all_frames))
     if args.figure:
         special = speciality(args.rerank, args.all_frames)
-        lists = ranked_lists(directions, args.top, f", {special}" if special else "")
+        lists = ranked_lists(model, directions, args.top, f", {special}" if special else "")
         write_picture(args.figure, draw_ranking(lists, config.size))
     if args.silhouettes:
         write_picture(args.silhouettes, silhouette_sheet(model, dataset, config, device))

@@ -269,6 +269,14 @@ class DinoGRL(nn.Module):
         gait, appearance = embeddings.split(self.n_parts, dim=1)
         return {"gait": gait, "appearance": appearance}
 
+    def strips_of(self, values):
+        """A value for each part, (70,) -> {stream: those of its narrowest strips, (16,), from top
+        to bottom}: which part of the body speaks for a match? For pictures."""
+        strips = self.config.strips
+        narrowest = slice(sum(strips[:-1]), sum(strips))    # behind them stand the refined parts
+        streams = self.streams_of(values[None, :, None])
+        return {name: own[0, narrowest, 0] for name, own in streams.items()}
+
     def losses_of(self, parts, logits, label, modality):
         """One stream's named losses, weighted. The place for a loss of your own: parts (B, P, D),
         cosine logits (B, P, classes), label (B,), modality (B,) of the whole batch."""

@@ -106,7 +106,10 @@ def animation(path, size, modified):
 
 
 def read_frame(path, size):
-    """One frame -> uint8 (3, H, W), see picture. Raises UserError that names an unreadable file."""
+    """One frame -> uint8 (3, H, W), see picture. path: a PIL image will do too. Raises UserError
+    that names an unreadable file."""
+    if isinstance(path, Image.Image):
+        return picture(path.copy(), size)    # the caller's stays as it is
     animated = ANIMATED.fullmatch(path)
     try:
         if animated:

@@ -30,6 +30,7 @@ GREEN, RED, GREY = (0, 150, 60), (215, 45, 35), (150, 150, 150)
 # One colour per curve, told apart by the colour-blind too as far as a dozen can be.
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9",
            "#787878", "#000000", "#8c564b", "#9467bd", "#bcbd22", "#17828c"]
+BAR_COLOURS = {"blue": COLOURS[0], "orange": COLOURS[1]}
 TEXT_SIZE = 13
 
 
@@ -160,12 +161,13 @@ def draw_silhouettes(columns, height=128):
 
 
 class Found(NamedTuple):
-    """A tracklet in a ranked list. frames: paths; right: is it the query's person? None:
-    unknown."""
+    """A tracklet in a ranked list. frames: paths; right: is it the query's person? None: unknown.
+    strips: {stream: the distance of each strip, from top to bottom}, drawn as bars."""
     caption: str
     frames: list
     distance: float
     right: bool | None
+    strips: dict = {}
 
 
 class Row(NamedTuple):
@@ -176,25 +178,33 @@ class Row(NamedTuple):
 
 
 class RankingSheet(Sheet):
-    """See draw_ranking. A cell: some frames of a tracklet in a coloured frame, words below."""
-    BORDER, PAD, TITLE, LINE, BELOW = 4, 10, 18, 15, 58    # pixels
+    """See draw_ranking. A cell: some frames of a tracklet in a coloured frame, words below, a bar
+    for each strip of each of its streams at the right."""
+    BORDER, PAD, TITLE, LINE, BELOW, BARS = 4, 10, 18, 15, 58, 24    # pixels
 
-    def __init__(self, rows, columns, size, height, shown):
+    def __init__(self, rows, columns, size, height, shown, streams):
         H, W = size
+        self.streams = streams
         self.height, self.width = height, height * W // H    # of a frame
         self.shown = shown    # frames in a cell
         self.cell_height = height + 2 * self.BORDER
         self.cell_width = shown * self.width + 2 * self.BORDER
         self.row_height = self.cell_height + self.BELOW
-        width = 2 * self.PAD + columns * (self.cell_width + self.PAD)
-        super().__init__(width, self.PAD + rows * self.row_height)
+        self.column_width = self.cell_width + self.PAD + self.BARS * len(streams)
+        legend = self.LINE + self.PAD if streams else 0
+        super().__init__(2 * self.PAD + columns * self.column_width,
+                         self.PAD + rows * self.row_height + legend)
+        if streams:
+            words = ", ".join(f"{name} {colour}" for name, (colour, _) in streams.items())
+            self.text(self.PAD, self.image.height - legend, "bars: how far apart the two are in "
+                      f"each strip of the body ({words}); short: alike")
 
     def title(self, row, words):
         self.text(self.PAD, self.PAD + row * self.row_height, words)
 
     def cell(self, row, column, frames, colour, *lines):
         """Column 0 is the query's, a little apart."""
-        x = self.PAD + column * (self.cell_width + self.PAD)
+        x = self.PAD + column * self.column_width
         if column > 0:
             x += self.PAD
         y = self.PAD + row * self.row_height + self.TITLE
@@ -204,6 +214,18 @@ class RankingSheet(Sheet):
             self.frame(x + self.BORDER + k * self.width, y + self.BORDER, frame)
         for k, words in enumerate(lines):
             self.text(x, bottom + 2 + k * self.LINE, words, width=self.cell_width)
+
+    def bars(self, row, column, strips, longest):
+        """strips: see Found; longest: {stream: the distance whose bar has the full length}."""
+        left = 2 * self.PAD + column * self.column_width + self.cell_width + 2
+        top = self.PAD + row * self.row_height + self.TITLE + self.BORDER
+        for name, distances in strips.items():
+            tall = self.height / len(distances)
+            for i, distance in enumerate(distances.tolist()):
+                y, length = top + i * tall, (self.BARS - 4) * distance / longest[name]
+                self.pen.rectangle((left, y, left + length, y + tall - 2),
+                                   fill=self.streams[name][1])
+            left += self.BARS
 
     def frame(self, x, y, path):
         try:
@@ -219,18 +241,24 @@ class RankingSheet(Sheet):
 
 def draw_ranking(rows, size, height=112, shown=3):
     """rows: of Row; size: (H, W) whose shape the frames get. A row: the query, then its ranked
-    tracklets, `shown` frames of each, in a green, red or grey frame."""
-    rows = [Row(*row) for row in rows]    # plain tuples are as good
+    tracklets, `shown` frames of each, in a green, red or grey frame, and bars for the strips."""
+    rows = [Row(title, frames, [Found(*found) for found in ranked])    # plain tuples are as good
+            for title, frames, ranked in rows]
     longest = max((len(row.ranked) for row in rows), default=0)
-    sheet = RankingSheet(len(rows), 1 + longest, size, height, shown)
+    every = [found.strips for row in rows for found in row.ranked]
+    names = dict.fromkeys(name for strips in every for name in strips)
+    streams = dict(zip(names, BAR_COLOURS.items(), strict=False))
+    sheet = RankingSheet(len(rows), 1 + longest, size, height, shown, streams)
+    longest_bars = {name: max(strips[name].max().item() for strips in every if strips)
+                    for name in names}
     colours = {True: GREEN, False: RED, None: GREY}
     for r, row in enumerate(rows):
         sheet.title(r, row.title)
         sheet.cell(r, 0, row.frames, BLACK, "query")
         for place, found in enumerate(row.ranked, start=1):
-            found = Found(*found)
             words = f"{place}.   {found.distance:.3f}"
             sheet.cell(r, place, found.frames, colours[found.right], words, found.caption)
+            sheet.bars(r, place, found.strips, longest_bars)
     return sheet.image
 
 

@@ -110,6 +110,14 @@ def test_the_streams_of_an_embedding_are_those_it_was_made_of(switches):
     assert torch.equal(torch.cat(list(named.values()), dim=1), embedding)
     for other in small_model(gait=False), small_model(method=OneStream):
         assert other.streams_of(other.eval().embed(*batch)) == {}
+        assert other.strips_of(torch.arange(35.0)) == {}
+
+
+def test_the_narrowest_strips_of_each_stream_are_named():
+    """Of 1 + 2 + 4 + 8 + 16 parts and 4 refined ones, twice: the last 16 before the refined ones."""
+    strips = small_model().strips_of(torch.arange(70.0))
+    assert {name: values.tolist() for name, values in strips.items()} == {
+        "gait": list(range(15, 31)), "appearance": list(range(50, 66))}
 
 
 def test_strips_run_from_top_to_bottom_and_time_is_a_maximum():

@@ -3,6 +3,7 @@ too."""
 from types import SimpleNamespace
 
 from support.pictures import (
+    BAR_COLOURS,
     COLOURS,
     GREEN,
     GREY,
@@ -10,6 +11,7 @@ from support.pictures import (
     SCALE,
     Found,
     Panel,
+    RankingSheet,
     Row,
     draw_curves,
     draw_ranking,
@@ -76,6 +78,29 @@ def test_rows_are_the_same_with_names_and_without(frames):
     plain = [("title", frames, ranked)]
     pictures = [np.asarray(draw_ranking(rows, (16, 8))) for rows in (named, plain)]
     assert np.array_equal(*pictures)
+
+
+def test_a_bar_for_each_strip_of_each_stream(frames):
+    """As long as the strip's distance, the longest of its stream at full length; top strip first.
+    Where there are none, no place is kept for them."""
+    near = {"gait": torch.tensor([1.0, 0.0]), "appearance": torch.tensor([5.0, 5.0])}
+    far = {"gait": torch.tensor([2.0, 4.0]), "appearance": torch.tensor([10.0, 0.0])}
+    ranked = [Found("near", frames, 0.5, None, near), Found("far", frames, 0.7, None, far)]
+    sheet = np.asarray(draw_ranking([Row("title", frames, ranked)], (16, 8), height=64))
+    plain = np.asarray(draw_ranking([Row("title", frames, [f[:4] for f in ranked])], (16, 8),
+                                    height=64))
+    assert sheet.shape[1] - plain.shape[1] == 3 * 2 * RankingSheet.BARS
+    y = 10 + 18 + 4
+    full = RankingSheet.BARS - 4
+    wanted = {y + 8: {"blue": (1 / 4, 2 / 4), "orange": (5 / 10, 1)},
+              y + 40: {"blue": (0, 1), "orange": (5 / 10, 0)}}
+    for row, streams in wanted.items():
+        for colour, shares in streams.items():
+            is_bar = is_colour(sheet[row], ImageColor.getrgb(BAR_COLOURS[colour]))
+            starts = np.flatnonzero(is_bar[1:] & ~is_bar[:-1])
+            ends = np.flatnonzero(is_bar[:-1] & ~is_bar[1:])
+            # A bar of no length is a line of one pixel.
+            assert (ends - starts - 1).tolist() == [full * share for share in shares]
 
 
 def test_any_name_of_a_file_is_drawn(frames):
