@@ -9,8 +9,8 @@ A variant is "NAME: OPTIONS of train.py"; the options that stand outside of all 
     -> a table: mean ± standard deviation, and the paired difference to the first variant
 
 The same command goes on where it was stopped, and runs nothing twice: it knows a run by its options
-and by the file of a method of your own. When the repository's own files have changed, or the data
-behind a path, choose another --out.
+and by the files of a method and a reader of your own. When the repository's own files have changed,
+or the data behind a path, choose another --out.
 
 A paired difference is that of two variants under the same seed: both have seen the same batches, so
 what makes a seed an easy one drops out. The table has its mean over the seeds, with an interval: 95
@@ -34,6 +34,7 @@ from statistics import mean, stdev
 from typing import NamedTuple
 
 import train
+from data import NO_READER
 from support.files import (
     UserError,
     check_writable,
@@ -46,6 +47,7 @@ from support.options import (
     METHODS,
     Parser,
     add_options,
+    as_typed,
     check_ranges,
     cli,
     given_options,
@@ -59,7 +61,8 @@ from PIL import Image, ImageFont
 
 RANK_1, IOU, GAIN = "Rank-1", "IoU", "minus the better stream"    # columns of the table
 ALONE = " alone"    # the end of those of a stream
-CODE, DONE = "the method's file", "is done"    # beside options: no option's names
+# Beside options: no option's names.
+METHOD_FILE, READER_FILE, DONE = "the method's file", "the reader's file", "is done"
 
 
 @dataclass
@@ -95,15 +98,17 @@ class Variant(NamedTuple):
 
 
 def marks_of(config):
-    """What tells whether a run that is there is the wanted one: its options, and the code of a
-    method of one's own, which changes more often than its name. Without the seed, which the folder
-    names, and the loader processes: their default is the machine's, and they change nothing."""
+    """What tells whether a run that is there is the wanted one: its options, and the code of one's
+    own, which changes more often than its name. Without the seed, which the folder names, and the
+    loader processes: their default is the machine's, and they change nothing."""
     marks = json.loads(json.dumps(asdict(config)))
     del marks["seed"], marks["workers"]
-    if config.method not in METHODS:
-        path, _, _ = config.method.rpartition(":")
-        with open(path, encoding="utf-8", errors="replace") as file:
-            marks[CODE] = file.read()
+    own = {METHOD_FILE: config.method, READER_FILE: config.reader}
+    for mark, code in own.items():
+        if code not in (*METHODS, NO_READER):
+            path, _, _ = code.rpartition(":")
+            with open(path, encoding="utf-8", errors="replace") as file:
+                marks[mark] = file.read()
     return marks
 
 
@@ -189,14 +194,17 @@ class Run:
         config, words = self.variant.config, self.variant.words
         where = ["--run", self.folder, "--seed", str(self.seed)]
         if os.path.exists(self.checkpoint):    # it knows all but these, which no file may say
-            where, words = ["--resume", self.folder], ["--method", config.method]
+            where = ["--resume", self.folder]
+            words = ["--method", config.method, "--reader", config.reader]
             words += ["--cache", config.cache] if config.cache else []
         return [sys.executable, os.path.abspath(train.__file__), *where, *words]
 
     def start(self, environment):
-        if marks_of(self.variant.config) != self.variant.marks:
-            raise UserError(f"{self.variant.config.method} was changed during the comparison; "
-                            "expected one method for all seeds: give the new one another name")
+        now, before = marks_of(self.variant.config), self.variant.marks
+        changed = [mark for mark in now if now[mark] != before[mark]]
+        if changed:
+            raise UserError(f"{changed[0]} was changed during the comparison; expected the same "
+                            "for all seeds: give the new one another name")
         write_json(self.folder + ".json", self.variant.marks)
         with open(self.folder + ".log", "ab") as log:
             # In a session of its own: a terminal's Ctrl-C would reach it beside our SIGTERM.
@@ -250,8 +258,11 @@ def train_all(runs, jobs):
     for run in done:
         run.tell("done before")
     configs = [run.variant.config for run in waiting]
-    for config in {(config.data, config.auxiliary): config for config in configs}.values():
-        train.training_data(replace(config))    # draws walkers, once; refuses a wrong --data now
+    for config in {(c.data, c.auxiliary, c.reader): c for c in configs}.values():
+        # Draws walkers, once; refuses a wrong --data now.
+        if not train.training_data(replace(config)).test:
+            raise UserError(f"nothing to test on in {as_typed(config.data)}; expected a test set, "
+                            "or there is nothing to compare")
     environment = dict(os.environ)
     if jobs > 1:    # one alone has all threads, as `python train.py` has
         environment["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // jobs))
@@ -341,7 +352,7 @@ def table(rows, dataset):
         which = f"Seeds 1 to {seeds}"
         advice = ("Mean ± standard deviation (95 % interval of the paired difference).\n"
                   "A difference whose interval holds 0 is no difference.")
-    return f"{words}\n{which}, {dataset}: `{command}`\n{advice}"
+    return f"{words}\n{which}, {printable(dataset)}: `{command}`\n{advice}"
 
 
 # --------------------------------------------------------------- picture ----

@@ -1,14 +1,15 @@
-"""Tracklets: both benchmarks read from disk, frames and identities sampled, batches augmented.
+"""Tracklets: datasets read from disk, frames and identities sampled, batches augmented.
 
-    --data PATH -> load_dataset -> Dataset: train and test tracklets; for each direction, which
-                                            test tracklets are queries and which are the gallery
+    --data PATH -> load_datasets -> Dataset: train and test tracklets; for each direction, which
+                                             test tracklets are queries and which are the gallery
        train: IdentitySampler: P identities x K tracklets x 2 modalities -> Frames -> augment
        test:  every test tracklet once, in order                         -> Frames -> normalise
 
 What comes out of either: float32 frames (B, T, 3, H, W), modality (B,), 0 visible, 1 infrared, and
 index (B,): each tracklet's place among the train or the test tracklets.
-PATH may be HITSZ-VCM or BUPTCampus; which one is seen from its files (docs/data.md). `python
-data.py PATH` prints the statistics and every problem: run it once before the first training.
+PATH may be HITSZ-VCM, BUPTCampus or folders of one's own; which one is seen from what lies there
+(docs/data.md). Any other goes by --reader. `python data.py PATH` prints the statistics and every
+problem: run it once before the first training.
 
 Quick question: why does every frame of a tracklet get the same crop, flip and erased rectangle?
 (Drawn anew per frame, a walking person would jump and turn from one frame to the next, and no part
@@ -24,13 +25,30 @@ import math
 import multiprocessing
 import os
 import re
+import sys
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
-from support.files import UserError, printable, read_lines
-from support.footage import read_frame
-from support.options import Parser, cli, leave_signals_to_parent, progress, say
+from support.files import UserError, in_short, printable, read_lines
+from support.footage import (
+    file_of,
+    find_footage,
+    folders_under,
+    list_folder,
+    read_frame,
+    readable_extensions,
+)
+from support.options import (
+    Parser,
+    as_typed,
+    cli,
+    leave_signals_to_parent,
+    load_own,
+    one_line,
+    progress,
+    say,
+)
 
 import numpy as np
 import torch
@@ -45,21 +63,23 @@ DIRECTIONS = ("infrared->visible", "visible->infrared")    # query -> gallery
 @dataclass(frozen=True)
 class Tracklet:
     """One person before one camera: paths of its frames in order ("clip.gif#3": the picture of that
-    number, from 0, of an animated file). modality: "visible" or "infrared"."""
+    number, from 0, of an animated file). pid: a number or a name, all of a dataset alike. camera:
+    "" where it is not known. modality: "visible" or "infrared"."""
     frames: tuple
-    pid: int
+    pid: int | str
     camera: str
     modality: str
 
 
 @dataclass
 class Dataset:
-    """train, test: lists of Tracklet. directions: {"infrared->visible": (query, gallery), ...},
-    both indices into test.
+    """train, test: lists of Tracklet; one of them may be empty. directions: {"infrared->visible":
+    (query, gallery), ...}, both indices into test: see set_test.
 
     ignore_same_camera: a gallery tracklet with the query's pid and camera does not count.
     frame_rule: which frames the protocol takes, a name of FRAME_RULES. missing: listed frames that
-    are no files. problems: why it cannot be used. notes: what one should know."""
+    are no files. problems: why it cannot be used. notes: what one should know. train_name: where
+    train is more than `name` says, see load_datasets."""
     name: str
     root: str
     train: list = field(default_factory=list)
@@ -70,6 +90,21 @@ class Dataset:
     missing: list = field(default_factory=list)
     problems: list = field(default_factory=list)
     notes: list = field(default_factory=list)
+    train_name: str = ""
+
+    def set_test(self, query, gallery):
+        """Lists of Tracklet, of either modality -> test and directions: the queries of one modality
+        against the gallery of the other. One that is listed twice is embedded once."""
+        # dict.fromkeys drops what comes again (Tracklets are frozen, hence hashable) and keeps the
+        # order.
+        query, gallery = list(dict.fromkeys(query)), list(dict.fromkeys(gallery))
+        self.test = list(dict.fromkeys(query + gallery))
+        place = {tracklet: i for i, tracklet in enumerate(self.test)}
+        for direction in DIRECTIONS:
+            query_modality, gallery_modality = direction.split("->")
+            self.directions[direction] = (
+                [place[t] for t in query if t.modality == query_modality],
+                [place[t] for t in gallery if t.modality == gallery_modality])
 
     @property
     def classes(self):
@@ -130,7 +165,15 @@ def read_hitsz(root, info, auxiliary):
     if in_no_direction:
         dataset.notes.append(f"{in_no_direction} infrared test rows are no queries: embedded, but "
                              "in no direction")
+    check_both(dataset)
     return dataset
+
+
+def check_both(dataset):
+    """A benchmark without one of its halves is a broken download; folders of one's own may be."""
+    if not dataset.train or not dataset.test:
+        dataset.problems.append(f"{len(dataset.train)} training and {len(dataset.test)} test "
+                                "tracklets; expected some of each")
 
 
 def hitsz_folder(root, split):
@@ -228,17 +271,8 @@ def read_bupt(root, auxiliary):
         dataset.train += read_bupt_rows(dataset, paths, name, pair)
     query = read_bupt_rows(dataset, paths, "query.txt", ("RGB", "IR"))
     gallery = read_bupt_rows(dataset, paths, "gallery.txt", ("RGB", "IR"))
-
-    # A row may be in both lists, or twice in one: it is embedded once all the same. dict.fromkeys
-    # drops what comes again (Tracklets are frozen, hence hashable) and keeps the order.
-    query, gallery = list(dict.fromkeys(query)), list(dict.fromkeys(gallery))
-    dataset.test = list(dict.fromkeys(query + gallery))
-    place = {tracklet: i for i, tracklet in enumerate(dataset.test)}
-    for direction in DIRECTIONS:
-        query_modality, gallery_modality = direction.split("->")
-        dataset.directions[direction] = (
-            [place[t] for t in query if t.modality == query_modality],
-            [place[t] for t in gallery if t.modality == gallery_modality])
+    dataset.set_test(query, gallery)
+    check_both(dataset)
     return dataset
 
 
@@ -285,7 +319,104 @@ def bupt_frames(dataset, paths, where, keys):
     return tuple(frames)
 
 
-# --------------------------------------------------------------- either one ----
+# --------------------------------------------------- folders of one's own ----
+
+OWN_SPLITS = "train", "query", "gallery"
+OWN_MODALITY = {VISIBLE: VISIBLE, "rgb": VISIBLE, INFRARED: INFRARED, "ir": INFRARED}
+OWN_LAYOUT = "PID/MODALITY/TRACK or PID/MODALITY/CAMERA/TRACK"
+
+
+def folder_names(path):
+    """Names as they are written on the disk: asking for train would find HITSZ-VCM's Train too,
+    where the file system does not tell them apart."""
+    try:
+        return {entry.name for entry in os.scandir(path) if entry.is_dir()}
+    except OSError:    # recognise looks everywhere; whoever reads it says so
+        return set()
+
+
+def read_own(root, auxiliary):
+    """root/{train,query,gallery}/PID/MODALITY/[CAMERA/]TRACK/*.jpg -> Dataset. auxiliary: not used,
+    it has no such set."""
+    dataset = Dataset(os.path.basename(os.path.abspath(root)), root)
+    people = {split: own_people(dataset, split) for split in OWN_SPLITS}
+    pids = as_pids({os.path.basename(person) for split in OWN_SPLITS for person in people[split]})
+    train, query, gallery = ([tracklet for person in people[split]
+                              for tracklet in own_tracklets(dataset, person, pids)]
+                             for split in OWN_SPLITS)
+    dataset.train = train
+    if bool(query) != bool(gallery):
+        dataset.problems.append(f"{root}: {len(query)} query and {len(gallery)} gallery tracklets; "
+                                "expected some of each, or neither folder")
+    elif query:
+        dataset.set_test(query, gallery)
+    for direction in dataset.directions:
+        if not dataset.directions[direction][0]:
+            [other] = set(DIRECTIONS) - {direction}
+            dataset.directions[direction] = dataset.directions[other][::-1]
+            dataset.notes.append(f"{direction}: query/ has no such tracklets; {other} with the "
+                                 "roles swapped, as in HITSZ-VCM")
+    return dataset
+
+
+def own_people(dataset, split):
+    """The folders of a split's identities, none where there is no such split."""
+    if split not in folder_names(dataset.root):
+        return []
+    folder = os.path.normpath(os.path.join(dataset.root, split))    # as find_footage has its paths
+    files, people = list_folder(folder)
+    extensions = readable_extensions()
+    loose = [file for file in files if os.path.splitext(file)[1].lower() in extensions]
+    if loose:
+        dataset.problems.append(f"{folder} holds {len(loose)} loose frames, such as "
+                                f"{os.path.basename(loose[0])}; expected them in {OWN_LAYOUT}")
+    return people
+
+
+def as_pids(names):
+    """Folders' names -> {name: pid}: numbers if all are below 10^9 and none comes twice (7, 007),
+    else the names."""
+    numbers = {name: int(name) for name in names if re.fullmatch("[0-9]{1,9}", name)}
+    are_numbers = len(set(numbers.values())) == len(names)
+    return numbers if are_numbers else {name: name for name in names}
+
+
+def own_tracklets(dataset, person, pids):
+    """The folder of an identity -> its Tracklets, in natural order. What is wrong in it goes to
+    dataset.problems."""
+    try:
+        folders = [folder for folder, _ in folders_under(person)]
+        footage = find_footage(person)
+    except UserError as error:    # loose frames, no frames, a file that cannot be read
+        dataset.problems.append(str(error))
+        return []
+    tracklets, filled = [], set()
+    levels, misplaced = defaultdict(set), {}    # modality folder: its depths; a folder: why
+    for name, frames in footage.items():
+        place = os.path.dirname(file_of(frames[0]))
+        filled.add(place)
+        words = name.split("/")
+        modality = OWN_MODALITY.get(words[0].lower())
+        if len(words) not in (2, 3):
+            misplaced[place] = f"{place} holds frames; expected them in {OWN_LAYOUT}"
+        elif modality is None:
+            folder = os.path.join(person, words[0])
+            misplaced[folder] = f"{folder} is no modality; expected {' or '.join(OWN_MODALITY)}"
+        else:
+            levels[words[0]].add(len(words))
+            pid = pids[os.path.basename(person)]
+            tracklets.append(Tracklet(frames, pid, "".join(words[1:-1]), modality))
+    dataset.problems += misplaced.values()
+    mixed = [os.path.join(person, name) for name, depths in levels.items() if len(depths) > 1]
+    dataset.problems += [f"{folder} has tracks inside and outside of cameras' folders; expected "
+                         "one or the other" for folder in mixed]
+    empty = set(folders) - filled - {os.path.dirname(folder) for folder in folders}
+    dataset.problems += [f"{folder} holds no frames; expected a track's: fill it or remove it"
+                         for folder in sorted(empty)]
+    return tracklets
+
+
+# --------------------------------------------------------------- any one ----
 
 def recognise(path):
     """A folder -> a function of `auxiliary` that reads it into a Dataset; None if the folder is no
@@ -299,7 +430,7 @@ def recognise(path):
     for root in roots:
         if any(os.path.isfile(os.path.join(root, name)) for name in BUPT_LISTS):
             return partial(read_bupt, root)
-    return None
+    return partial(read_own, path) if folder_names(path) & set(OWN_SPLITS) else None
 
 
 def holds_images(path):
@@ -312,7 +443,8 @@ def find_reader(path):
     """recognise's function, for `path` or for the one folder in it that is a dataset. Raises
     UserError."""
     if not os.path.isdir(path):
-        raise UserError(f"no folder {path}; expected HITSZ-VCM or BUPTCampus; check the path")
+        raise UserError(f"no folder {path}; expected HITSZ-VCM, BUPTCampus or folders of your own; "
+                        "check the path")
     reader = recognise(path)
     if reader:
         return reader
@@ -325,11 +457,80 @@ def find_reader(path):
                         "expected one: name it")
     if holds_images(path):
         raise UserError(f"no dataset in {path}, but images: expected the lists of HITSZ-VCM "
-                        "(info/) or BUPTCampus (train.txt, data_paths.json); footage of your own "
+                        "(info/) or BUPTCampus (train.txt, data_paths.json), or your own train/ "
+                        "query/ gallery/ (docs/data.md), or --reader; footage of unknown people "
                         "goes to evaluate.py --checkpoint RUN --query DIR --gallery DIR, see "
                         "docs/footage.md")
     raise UserError(f"no dataset in {path}; expected Train/ Test/ info/ (HITSZ-VCM), or train.txt, "
-                    "data_paths.json and DATA/ (BUPTCampus); see docs/data.md")
+                    "data_paths.json and DATA/ (BUPTCampus), or your own train/ query/ gallery/, "
+                    "or --reader; see docs/data.md")
+
+
+# ------------------------------------------------- a reader of one's own ----
+
+NO_READER = "none"    # of --reader: the folder is recognised
+
+
+def load_reader(reader):
+    """FILE.py:FUNCTION -> the path of FILE.py, and the function; none -> (None, None). Raises
+    UserError."""
+    if reader == NO_READER:
+        return None, None
+    file, function = load_own("--reader", reader, "FILE.py:FUNCTION of your own, or none")
+    if not callable(function):
+        raise UserError(f"--reader {reader}: {file} has no such function; expected one of a path "
+                        "that returns a Dataset")
+    return file, function
+
+
+def read_by(reader, path):
+    """FILE.py:FUNCTION -> the Dataset that FUNCTION(path) returns, looked at. Raises UserError that
+    names the reader, whatever happens in it."""
+    what = f"--reader {reader}"
+    file, function = load_reader(reader)
+    if not os.path.exists(path):
+        raise UserError(f"no folder {path} for {what}; check the path")
+    with one_line(what, file):
+        dataset = function(path)
+        fault = fault_of(dataset)
+    if fault:
+        raise UserError(f"{what} returned {fault}")
+    return dataset
+
+
+def fault_of(dataset):
+    """What is wrong with what a reader has returned, and what was expected; None if nothing is."""
+    if not isinstance(dataset, Dataset):
+        return f"{type(dataset).__name__}; expected the Dataset of data.py"
+    if not isinstance(dataset.name, str) or not isinstance(dataset.root, (str, os.PathLike)):
+        return f"name {dataset.name!r} and root {dataset.root!r}; expected text"
+    tracklets = dataset.train + dataset.test
+    for t in tracklets:
+        if not isinstance(t, Tracklet):
+            return f"{in_short(repr(t))} as a tracklet; expected a Tracklet"
+        are_texts = all(type(text) is str for text in (t.camera, *t.frames))
+        is_whole = t.frames and are_texts and t.modality in MODALITIES
+        if not is_whole or type(t.frames) is not tuple or type(t.pid) not in (int, str):
+            return (f"a tracklet of {t.pid!r}, {t.camera!r}, {t.modality!r} and the frames "
+                    f"{in_short(repr(t.frames))}; expected pid: a number or a name, camera: text, "
+                    f"modality: {' or '.join(MODALITIES)}, frames: a tuple of paths as text")
+    if len({type(t.pid) for t in tracklets}) > 1:
+        return "some pids as numbers and some as names; expected all alike"
+    places = [place for pair in dataset.directions.values() for side in pair for place in side]
+    is_ranked = not dataset.test or set(dataset.directions) == set(DIRECTIONS)
+    if not is_ranked or not set(places) <= set(range(len(dataset.test))):
+        return ("directions that do not belong to its test tracklets; expected those of "
+                "Dataset.set_test(query, gallery)")
+    return None
+
+
+def check_reader(given, stored, run):
+    """given: what was typed, {option: value}; stored: the reader that a run's checkpoint names,
+    which is never believed. Raises UserError unless the command line says something of it."""
+    if stored != NO_READER and "reader" not in given:
+        raise UserError(f"{run} was trained on what --reader {in_short(stored)} reads, which is "
+                        "code of your own; expected --reader FILE.py:FUNCTION, so that it is run "
+                        "because you say so, or --reader none for a dataset that needs none")
 
 
 def find_missing_frames(dataset):
@@ -338,8 +539,8 @@ def find_missing_frames(dataset):
     # dict: a set that keeps their order.
     by_folder = defaultdict(dict)
     for t in dataset.train + dataset.test:
-        for frame in t.frames:
-            by_folder[os.path.dirname(frame)][os.path.basename(frame)] = True
+        for file in map(file_of, t.frames):
+            by_folder[os.path.dirname(file)][os.path.basename(file)] = True
     other_case = []
     for folder, names in by_folder.items():
         try:
@@ -365,9 +566,12 @@ def find_missing_frames(dataset):
 
 def check_identities(dataset):
     """Adds to dataset.problems what makes training or ranking impossible, to .notes what is odd."""
-    if not dataset.train or not dataset.test:
-        dataset.problems.append(f"{len(dataset.train)} training and {len(dataset.test)} test "
-                                "tracklets; expected some of each")
+    if not dataset.train:
+        dataset.notes.append("nobody to train on: it can only be tested on")
+    if not dataset.test:
+        dataset.notes.append("nothing to test on: it can only be trained on")
+    if not dataset.train and not dataset.test and not dataset.problems:
+        dataset.problems.append(f"no tracklets in {dataset.root}; expected some")
     modalities = defaultdict(set)
     for t in dataset.train:
         modalities[t.pid].add(t.modality)
@@ -375,7 +579,7 @@ def check_identities(dataset):
         if len(there) == 1:
             [only] = there
             dataset.problems.append(f"training identity {pid} has {only} tracklets only; expected "
-                                    "both modalities: remove its rows")
+                                    "both modalities: remove its rows or its folder")
     for direction, (query, gallery) in dataset.directions.items():
         cameras_of = defaultdict(set)
         for t in (dataset.test[i] for i in gallery):
@@ -396,24 +600,49 @@ def check_identities(dataset):
                                     f"{len(gallery)}, without one right answer; expected some")
 
 
-def read_dataset(path, auxiliary=False):
-    """Recognises and reads the dataset at `path`; its .problems lists what is wrong. Raises
-    UserError if none is there."""
-    dataset = find_reader(path)(auxiliary)
+def read_dataset(path, auxiliary=False, reader=NO_READER):
+    """Recognises and reads the dataset at `path`, or has FILE.py:FUNCTION read it; its .problems
+    lists what is wrong. Raises UserError if none is there."""
+    dataset = find_reader(path)(auxiliary) if reader == NO_READER else read_by(reader, path)
     find_missing_frames(dataset)
     check_identities(dataset)
     return dataset
 
 
-def load_dataset(path, auxiliary=False):
+def load_dataset(path, auxiliary=False, reader=NO_READER):
     """read_dataset, refusing one that has problems. Raises UserError that names the first."""
-    dataset = read_dataset(path, auxiliary)
+    dataset = read_dataset(path, auxiliary, reader)
     if dataset.problems:
         number, more = len(dataset.problems), ""
         if number > 1:
-            more = f" ({number} problems; python data.py {path} lists them)"
+            words = f"{path} --reader {reader}" if reader != NO_READER else path
+            more = f" ({number} problems; python data.py {words} lists them)"
         raise UserError(dataset.problems[0] + more)
     return dataset
+
+
+def load_datasets(paths, auxiliary=False, reader=NO_READER):
+    """--data A B ... -> a Dataset to train on all of them, and to test on the first that can be
+    tested on. A single one is left as it is; of several, A's 7 becomes "A:7", so that equal numbers
+    are not taken for one person. Raises UserError."""
+    if len({os.path.realpath(path) for path in paths}) < len(paths):
+        raise UserError(f"--data {in_short(as_typed(paths))} names a folder twice; expected each "
+                        "once")
+    datasets = [load_dataset(path, auxiliary, reader) for path in paths]
+    if len(datasets) == 1:
+        return datasets[0]
+    train, names = [], set()
+    for path, dataset in zip(paths, datasets, strict=True):
+        stem = os.path.basename(os.path.abspath(path)).replace(":", "-")
+        name, number = stem, 1
+        while name in names:
+            number += 1
+            name = f"{stem}-{number}"
+        names.add(name)
+        train += [replace(t, pid=f"{name}:{t.pid}") for t in dataset.train]
+    tested = next((dataset for dataset in datasets if dataset.test), datasets[0])
+    train_name = " + ".join(dataset.name for dataset in datasets if dataset.train)
+    return replace(tested, train=train, train_name=train_name)
 
 
 # ----------------------------------------------------------------- frames ----
@@ -605,13 +834,13 @@ def check_frame(path):
 
 
 def print_statistics(dataset):
-    say(f"{dataset.name} in {printable(dataset.root)}\n")
+    say(printable(f"{dataset.name} in {dataset.root}") + "\n")
     say(f"{'split':<8}{'modality':<10}{'identities':>10}{'tracklets':>11}{'frames':>10}  cameras")
     for split, tracklets in (("train", dataset.train), ("test", dataset.test)):
         for modality in MODALITIES:
             mine = [t for t in tracklets if t.modality == modality]
             people, frames = len({t.pid for t in mine}), sum(len(t.frames) for t in mine)
-            cameras = {t.camera for t in mine}
+            cameras = {t.camera for t in mine} - {""}
             cameras = sorted(cameras, key=lambda camera: (len(camera), camera))    # D2 before D10
             say(f"{split:<8}{modality:<10}{people:>10,}{len(mine):>11,}{frames:>10,}  "
                 f"{len(cameras)}: "
@@ -623,11 +852,14 @@ def print_statistics(dataset):
 def main():
     parser = Parser(description="Statistics and every problem of a dataset; exit code 0 if it is "
                                 "usable.")
-    parser.add_argument("path", metavar="PATH", help="HITSZ-VCM (any layout) or BUPTCampus")
+    parser.add_argument("path", metavar="PATH", help="HITSZ-VCM (any layout), BUPTCampus, or "
+                        "train/ query/ gallery/ of your own")
     parser.add_argument("--auxiliary", choices=("on", "off"), default="off",
                         help="BUPTCampus: count its auxiliary training set too")
+    parser.add_argument("--reader", metavar="FILE.py:FUNCTION", default=NO_READER,
+                        help="a function of yours that reads it: path -> Dataset")
     args = parser.parse_args()
-    dataset = read_dataset(args.path, args.auxiliary == "on")
+    dataset = read_dataset(args.path, args.auxiliary == "on", args.reader)
     print_statistics(dataset)
     missing, everything = set(dataset.missing), dataset.train + dataset.test
     frames = dict.fromkeys(frame for t in everything for frame in t.frames if frame not in missing)
@@ -646,4 +878,5 @@ def main():
 
 
 if __name__ == "__main__":
+    sys.modules["data"] = sys.modules[__name__]    # for a reader, which imports our Dataset
     cli(main)

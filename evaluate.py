@@ -25,6 +25,7 @@ import math
 import os
 import time
 from dataclasses import dataclass, fields, make_dataclass, replace
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
@@ -33,28 +34,34 @@ from data import (
     FRAME_RULES,
     INFRARED,
     MODALITIES,
+    NO_READER,
     VISIBLE,
     Dataset,
     Frames,
     Tracklet,
+    check_reader,
     chosen_rule,
     chunks,
-    load_dataset,
+    is_walkers,
+    load_datasets,
     normalise,
 )
+from support.export import export
 from support.files import (
     UserError,
     check_writable,
+    in_short,
     printable,
     write_atomic,
     write_json,
     write_picture,
 )
-from support.footage import file_of, find_footage, ignore_interrupts, read_frame
+from support.footage import file_of, find_footage, ignore_interrupts, is_mask, read_frame
 from support.options import (
     Bar,
     Parser,
     add_options,
+    as_typed,
     check_ranges,
     cli,
     given_options,
@@ -62,9 +69,18 @@ from support.options import (
     option,
     say,
     stored_config,
+    tell,
 )
 from support.parallel import collect_in_first, join, leave, processes
-from support.pictures import Found, Row, draw_ranking, draw_silhouettes, evenly
+from support.pictures import (
+    Found,
+    Reading,
+    Row,
+    draw_ranking,
+    draw_reading,
+    draw_silhouettes,
+    evenly,
+)
 from support.ranking import (
     Labels,
     StoredGallery,
@@ -91,9 +107,12 @@ MOST_ROWS = 50    # queries in a picture of a search
 @dataclass
 class EvaluationOptions:
     """The choices of a run that an evaluation needs too; train.Config adds the others."""
-    data: str = option(
-        "", "HITSZ-VCM or BUPTCampus folder; without it walkers, which train.py draws under runs/",
-        group="data")
+    data: tuple = option(
+        (), "HITSZ-VCM, BUPTCampus, or train/ query/ gallery/ of your own; train.py takes several, "
+        "and tests on the first that can be; without it walkers, which it draws under runs/",
+        group="data", each=str)
+    reader: str = option(
+        NO_READER, "FILE.py:FUNCTION of your own that reads --data: path -> Dataset", group="data")
     size: tuple = option(
         (256, 128), "height and width of the frames; the maps' rows are cut into strips",
         least=1, most=4096, group="data")
@@ -114,6 +133,7 @@ class EvaluationOptions:
         32, "tracklets at a time in evaluation; lower it if memory runs out",
         least=1, most=4096, group="data")
     device: str = option("", "cuda, cuda:1, cpu; default: cuda if there is one", group="run")
+    trained_on = "", ()    # no option: the training set's name and folders; see tested_elsewhere
 
 
 def frames_in_test(config):
@@ -309,11 +329,22 @@ def ranked_lists(model, directions, top, words):
     for direction in directions:
         for row in evenly(range(len(direction.query)), 4):
             query, found = direction.ranked(row, min(top, LONGEST))
-            ranked = [Found(f"{t.camera}, person {t.pid}", t.frames, distance, t.pid == query.pid,
+            ranked = [Found(person_of(t), t.frames, distance, t.pid == query.pid,
                             strips_of(model, parts)) for distance, t, parts in found]
-            title = f"{direction.name}{words}: {query.camera}, person {query.pid}"
+            title = f"{direction.name}{words}: {person_of(query)}"
             lists.append(Row(title, query.frames, ranked))
     return lists
+
+
+def tested_elsewhere(dataset, config):
+    """-> {"trained_on": ...}, for results, where a run was trained on what has another name than
+    the test set, or the same in another folder; else {}. Older runs do not know their name."""
+    name, folders = config.trained_on
+    is_there = os.path.realpath(config.data[0]) in map(os.path.realpath, folders)
+    if not name or (name == dataset.name and is_there):
+        return {}
+    where = f" in {as_typed(folders)}" if name == dataset.name else ""
+    return {"trained_on": name + where}
 
 
 def speciality(rerank=False, all_frames=False):
@@ -334,6 +365,9 @@ def table(results):
     names = [name for name in names if all(name in r for r in directions.values())]
     special = speciality(results.get("rerank", False), results.get("all_frames", False))
     lines = [f"{special}:"] if special else []
+    if "trained_on" in results:
+        words = f"trained on {results['trained_on']}, tested on {results['dataset']}"
+        lines.insert(0, printable(in_short(words, 300)))
     heads = "".join(f"{name:>9}" for name in (*names, "queries", "gallery"))
     lines.append(f"{'':20}{heads}")
 
@@ -373,10 +407,16 @@ def true_mask(root, frame, size):
     return read_frame(path, size)[0] > 127 if os.path.isfile(path) else None
 
 
+def person_of(tracklet):
+    """"D3, person 7", or "person 7" where the camera is not known."""
+    camera = f"{tracklet.camera}, " if tracklet.camera else ""
+    return f"{camera}person {tracklet.pid}"
+
+
 def title_of(tracklet):
     """"infrared D3, person 7"; of footage, whose person nobody knows (-1), its folder or file."""
-    who = f"{tracklet.camera}, person {tracklet.pid}"
-    if tracklet.pid < 0:
+    who = person_of(tracklet)
+    if tracklet.pid == -1:
         frame = tracklet.frames[0]
         file = file_of(frame)
         whole = os.path.dirname(frame) if file == frame else file    # walk.gif of walk.gif#0
@@ -423,11 +463,41 @@ def silhouette_iou(model, dataset, config, device, tracklets=32):
 
 
 def silhouette_sheet(model, dataset, config, device, each=2):
-    """What the model sees in `each` test tracklets of either modality -> a PIL image."""
+    """What the model sees in `each` test tracklets of either modality, or of training where there
+    are none -> a PIL image."""
     chosen = []
     for modality in MODALITIES:
-        chosen += evenly([t for t in dataset.test if t.modality == modality], each)
+        seen = dataset.test or dataset.train
+        chosen += evenly([t for t in seen if t.modality == modality], each)
     return draw_silhouettes(list(look_at(model, dataset, chosen, config, device)))
+
+
+@torch.inference_mode()
+def reading_sheet(model, dataset, config, device, people=2):
+    """LSMRL: where some test people's tokens look, and whose sentences they read most, by night
+    and by day -> a PIL image."""
+    model.eval()
+    by_pid = {}
+    for tracklet in dataset.test:
+        by_pid.setdefault(tracklet.pid, {}).setdefault(tracklet.modality, tracklet)
+    both = [found for found in by_pid.values() if len(found) == len(MODALITIES)]
+    chosen = [found[m] for found in evenly(both, people) for m in (INFRARED, VISIBLE)]
+    faces = {t.pid: t.frames[len(t.frames) // 2] for t in dataset.train if t.modality == VISIBLE}
+    frames_of = Frames(chosen, size=config.size, T=4, rule=chosen_rule(config, dataset))
+    columns = []
+    for i, tracklet in enumerate(chosen):
+        frames = frames_of[i][0]
+        look, reads = model.reading(normalise(frames[None].to(device)))
+        sentences = []
+        if reads is not None:
+            for share, label in zip(*reads[0].topk(min(4, reads.shape[1])), strict=True):
+                # Of another dataset's people nobody knows the faces.
+                is_known = len(faces) == reads.shape[1]
+                pid = dataset.classes[label] if is_known else f"no. {label}"
+                sentences.append((f"{share:.0%} {pid}", faces.get(pid)))
+        own_look = None if look is None else look[0]
+        columns.append(Reading(title_of(tracklet), frames, own_look, sentences))
+    return draw_reading(columns)
 
 
 # ------------------------------------------------------------------ search ----
@@ -442,7 +512,19 @@ def setting_of(config, all_frames):
 
 def own_tracklets(path, modality):
     """A user's own footage -> {name: Tracklet}; nobody knows whose they are."""
-    return {name: Tracklet(frames, -1, "", modality) for name, frames in find_footage(path).items()}
+    found = find_footage(path)
+    masks = [name for name, frames in found.items() if is_mask(frames[0])]
+    if masks:
+        tell(f"{len(masks)} of the {len(found)} folders under {printable(path)} begin with a "
+             f"picture of two colours alone, such as {printable(masks[0])}: if they hold masks, "
+             "move them away; they are taken for people")
+    return {name: Tracklet(frames, -1, "", modality) for name, frames in found.items()}
+
+
+def is_drawn(path):
+    """Does the footage lie in a folder of walkers?"""
+    path = Path(path).resolve()
+    return any(is_walkers(folder) for folder in (path, *path.parents))
 
 
 def embed_footage(tracklets, args, model, config, device):
@@ -492,6 +574,8 @@ def search(args, model, config, device):
         if not queries:    # the gallery was only to be saved: see check_search
             return None
         ranked = nearest_of(queries, stored, args, model, config, device)
+        if config.trained_on[0] == "walkers" and not is_drawn(args.query):
+            say("trained on walkers, who are drawn: of real people this model knows nothing")
         if args.all_frames:
             say(f"{speciality(all_frames=True)}:")
         for name, tracklet in queries.items():
@@ -592,6 +676,7 @@ def load_run(path, method=""):
     method_class = load_method(name)
     config_class = joined(method_class.Options, EvaluationOptions)
     config = stored_config(config_class, checkpoint["config"], path)
+    config.trained_on = checkpoint["dataset"], config.data
     return rebuild(method_class, config, checkpoint, path).eval(), config, name
 
 
@@ -635,10 +720,15 @@ def command_line():
                         help="draw ranked lists: green frame the right person, red a wrong one")
     output.add_argument("--silhouettes", metavar="FILE.png",
                         help="draw what the model sees (DinoGRL)")
+    output.add_argument("--reading", metavar="FILE.png", help="draw where the model looks, and "
+                        "whose sentences it reads (LSMRL)")
+    output.add_argument("--export", metavar="FILE.pt2", help="write the embedding network by "
+                        "torch.export, and do nothing else")
     # All in one place: by itself, Parser leaves out what was not typed.
     parser.set_defaults(checkpoint="", official="", method="", query=None, gallery=None,
                         query_modality=INFRARED, gallery_modality=None, top=10, rerank=False,
-                        all_frames=False, json=None, save=None, figure=None, silhouettes=None)
+                        all_frames=False, json=None, save=None, figure=None, silhouettes=None,
+                        reading=None, export=None)
     add_options(parser, EvaluationOptions, {})
     args = parser.parse_args()
     names = {f.name for f in fields(EvaluationOptions)}
@@ -652,20 +742,24 @@ def check_arguments(args, overrides):
     """Raises UserError for what cannot be asked for, before anything is read."""
     if bool(args.checkpoint) == bool(args.official):
         raise UserError("expected one of --checkpoint RUN and --official DIR; see --help")
-    if "" in (args.gallery, args.query, overrides.get("data")):
+    data = overrides.get("data", ("one",))
+    if "" in (args.gallery, args.query, *data) or not data:
         raise UserError("--query, --gallery or --data is empty; name a folder: is a shell variable "
                         "unset?")
+    if len(data) > 1:
+        raise UserError(f"--data {' '.join(data)}; expected one folder to test on, the others in "
+                        "runs of their own")
     if not 1 <= args.top <= 10 ** 6:
         raise UserError(f"--top {args.top}; expected 1 to 1000000")
-    is_benchmark = "data" in overrides or args.rerank
+    is_benchmark = "data" in overrides or args.rerank or args.reading
     if is_benchmark and (args.query or args.gallery):
-        raise UserError("--data and --rerank are for a benchmark, whose gallery is closed; drop "
-                        "them, or --query and --gallery")
+        raise UserError("--data, --rerank and --reading are for a benchmark, whose gallery is "
+                        "closed; drop them, or --query and --gallery")
     if args.gallery:
         check_search(args)
     elif args.query:
         raise UserError("--query needs --gallery: where to look")
-    elif args.official and "data" not in overrides:
+    elif args.official and "data" not in overrides and not args.export:
         raise UserError("--official needs --data PATH")
 
 
@@ -682,7 +776,8 @@ def check_search(args):
 
 def check_outputs(args):
     """Raises UserError for a file that could not be written: before the work, not after it."""
-    kinds = {"save": ".npz", "json": ".json", "figure": ".png", "silhouettes": ".png"}
+    kinds = {"save": ".npz", "json": ".json", "figure": ".png", "silhouettes": ".png",
+             "reading": ".png", "export": ".pt2"}
     taken = {}
     for name, kind in kinds.items():
         path = getattr(args, name)
@@ -708,6 +803,8 @@ def main():
         model, config, method = load_authors_files(args.official)
     else:
         model, config, method = load_run(args.checkpoint, args.method)
+    if not args.gallery and not args.export:
+        check_reader(overrides, config.reader, args.checkpoint)
     if "frames" in overrides:    # it counts here, unless --test-frames was typed too
         overrides.setdefault("test_frames", 0)
     for name, value in overrides.items():
@@ -717,6 +814,13 @@ def main():
     if args.silhouettes and not has_silhouettes(model):
         raise UserError(f"--silhouettes; this {method} has none; expected a DinoGRL with its gait "
                         "stream")
+    if args.reading and not hasattr(model, "reading"):
+        raise UserError(f"--reading; this {method} reads no sentences; expected LSMRL")
+    if args.export:
+        export(model, frames_in_test(config), config.size, args.export)
+        T, size = frames_in_test(config), as_typed(config.size)
+        say(f"{printable(args.export)}: embeds {T} frames of {size}; see support/export.py")
+        return
     model.to(device)
     special = {name: True for name in ("rerank", "all_frames") if getattr(args, name)}
     head = {"method": method, **special}
@@ -733,12 +837,16 @@ def main():
 
 def report(args, model, config, device, head, start):
     """Evaluates on a benchmark; writes what was asked for and prints the table."""
-    dataset = load_dataset(config.data or os.path.join("runs", "walkers"))
+    config.data = config.data or (os.path.join("runs", "walkers"),)
+    dataset = load_datasets(config.data, reader=config.reader)
+    if not dataset.test:
+        raise UserError(f"nothing to test on in {as_typed(config.data)}; expected query/ and "
+                        "gallery/, or a benchmark: name one by --data")
     results, embeddings, directions = evaluate(model, dataset, config, device, reranked=args.rerank,
                                                all_frames=args.all_frames)
     if results is None:    # process 0 does the rest
         return
-    results = {**head, "dataset": dataset.name, **results,
+    results = {**head, "dataset": dataset.name, **tested_elsewhere(dataset, config), **results,
                "seconds": round(time.time() - start, 1)}
     if args.json:
         write_json(args.json, results)
@@ -752,6 +860,8 @@ def report(args, model, config, device, head, start):
         write_picture(args.figure, draw_ranking(lists, config.size))
     if args.silhouettes:
         write_picture(args.silhouettes, silhouette_sheet(model, dataset, config, device))
+    if args.reading:
+        write_picture(args.reading, reading_sheet(model, dataset, config, device))
     say(table(results))
 
 

@@ -41,7 +41,7 @@ the rest of the house; `tiny`, the small preset, the ablation switches.
 import math
 from dataclasses import dataclass
 
-from support.clip import Attention, Block, clip_sizes, load_clip
+from support.clip import Attention, Block, clip_sizes, load_clip, prompt_of
 from support.files import UserError
 from support.options import as_typed, option
 from support.parallel import gathered
@@ -130,25 +130,42 @@ def stfl(visual, frames, *, split, groups):
     return visual.ln_post(x[:, :, 0])
 
 
+def looks(visual, frames, *, split, groups):
+    """frames (B, T, 3, H, W) -> tokens (B, T, D) of stfl, and where each of them looks in the last
+    block: shares of the patches (B, T, h, w). None where that block is a grouped one, whose tokens
+    look into all frames. For pictures. [ours]"""
+    inputs = []
+    block = visual.transformer.resblocks[-1]
+    hook = block.attn.register_forward_pre_hook(lambda attention, given: inputs.append(given[0]))
+    tokens = stfl(visual, frames, split=split, groups=groups)
+    hook.remove()
+    _, grouped, shifted = split
+    if grouped and not shifted:
+        return tokens, None
+    [x] = inputs    # (B*T, 1+N, D)
+    shares = block.attn.weights(x[:, :1], x)[:, 0, 1:]    # (B*T, N)
+    shares = shares.unflatten(0, frames.shape[:2])
+    if shifted:    # back to the frames that the patches come from
+        shares = roll_patches(shares[..., None], visual.grid, sign=-1)[..., 0]
+    return tokens, shares.unflatten(2, visual.grid)
+
+
 # --------------------------------------------------- prompts, SD and CMI ----
 
-# "A photo of a X X X X person.", start and end token included. CLIP pads it to 77 with zeros, but
-# its text transformer is causal: what stands after the end token cannot change the feature read
-# there. So 12 positions do, exactly, at a sixth of the cost.
-PROMPT = (49406, 320, 1125, 539, 320, 343, 343, 343, 343, 2533, 269, 49407)
-SLOTS = slice(5, 9)    # the four X
+SLOTS = slice(5, 9)    # the four X of "<start> A photo of a X X X X person. <end>"
 
 
 class Prompts(nn.Module):
     """One sentence per training identity, of which four words are learned: -> word vectors
     (C, 12, width). [after CLIP-ReID]"""
 
-    def __init__(self, *, classes, token_embedding):
+    def __init__(self, *, classes, width, sentence):
         super().__init__()
-        self.words = nn.Parameter(torch.randn(classes, 4, token_embedding.embedding_dim) * 0.02)
-        self.register_buffer("sentence", torch.tensor(PROMPT), persistent=False)
+        self.words = nn.Parameter(torch.randn(classes, 4, width) * 0.02)
+        self.register_buffer("sentence", sentence, persistent=False)    # (12,), see prompt_of
 
     def forward(self, token_embedding):
+        """token_embedding: CLIP's."""
         sentence = token_embedding(self.sentence).expand(len(self.words), -1, -1)
         before, after = sentence[:, :SLOTS.start], sentence[:, SLOTS.stop:]
         return torch.cat([before, self.words, after], dim=1)
@@ -174,18 +191,28 @@ class SD(nn.Module):
         row = self.ln(tokens).flatten(0, 1)[None]    # (1, B*T, D)
         return tokens + self.attn(row, text).view_as(tokens)
 
+    def reads(self, tokens, bank):
+        """-> how much each token reads of each sentence: (B, T, C), shares. For pictures."""
+        text = self.text(self.ln_text(bank))[None]
+        row = self.ln(tokens).flatten(0, 1)[None]
+        return self.attn.weights(row, text).view(*tokens.shape[:2], -1)
+
 
 class CMI(nn.Module):
     """Cross-modal interaction: tokens of both modalities (B, T, D) -> c (B, D). A tracklet's frames
-    attend to those of its partner, a tracklet of the same identity in the other modality; the
-    weights are shared by both directions. [paper; pairs ours]"""
+    and those of its partner, a tracklet of the same identity in the other modality, stand in one
+    row and attend to one another; c is the mean of the tracklet's own. Either of the two is once
+    the tracklet and once the partner: both directions, with the same weights. [paper: bidirectional
+    cross-modal self-attention; one row of both, mean over the frames: after X-ReID]"""
 
     def __init__(self, *, dim, heads):
         super().__init__()
         self.block = Block(dim, heads)
 
     def forward(self, tokens, partner):
-        return self.block(tokens, tokens[partner]).mean(1)
+        T = tokens.shape[1]
+        row = torch.cat([tokens, tokens[partner]], dim=1)    # (B, 2T, D)
+        return self.block(row)[:, :T].mean(1)
 
 
 def partners(modality, label):
@@ -358,7 +385,8 @@ class LSMRL(nn.Module):
 
         dim, text_dim = visual.proj.shape
         attention_heads = visual.transformer.resblocks[0].attn.heads
-        self.prompts = Prompts(classes=classes, token_embedding=self.clip.token_embedding)
+        self.prompts = Prompts(classes=classes, width=self.clip.token_embedding.embedding_dim,
+                               sentence=prompt_of(config.clip))
         # The text features as SD last saw them: at test they are fixed.
         self.register_buffer("bank", torch.zeros(classes, text_dim))
         self.sd = SD(dim=dim, text_dim=text_dim, heads=attention_heads) if config.sd else None
@@ -377,7 +405,7 @@ class LSMRL(nn.Module):
     def text_features(self):
         """-> text (C, d): the feature of each training identity's sentence."""
         words = self.prompts(self.clip.token_embedding)
-        return self.clip.encode_text(words, end=len(PROMPT) - 1)
+        return self.clip.encode_text(words, end=words.shape[1] - 1)
 
     def features(self, frames, bank):
         """frames (B, T, 3, H, W), bank (C, d) -> tokens (B, T, D), sequence features z (B, D) and
@@ -399,6 +427,15 @@ class LSMRL(nn.Module):
         float32, z and f of length 1 each."""
         _, z, f = self.features(frames, self.bank)
         return side_by_side(z, f)[:, None]
+
+    def reading(self, frames):
+        """frames (B, T, 3, H, W) -> where each frame's token looks, (B, T, h, w) or None, and how
+        much each tracklet reads of each training identity's sentence, (B, C) or None. For
+        pictures."""
+        tokens, look = looks(self.clip.visual, frames, split=self.config.split,
+                             groups=self.config.groups)
+        reads = None if self.sd is None else self.sd.reads(tokens, self.bank).mean(1)
+        return look, reads
 
     def streams_of(self, embeddings):
         """Embeddings (N, 1, D + d) -> {"z": (N, 1, D), "f": (N, 1, d)}: what each knows alone.

@@ -261,17 +261,21 @@ class SASGL(nn.Module):
         code = values.new_zeros(N, *self.code_size, self.channels)
         return code.index_put(where, values).permute(0, 3, 1, 2)
 
+    def codes_of(self, mid4, silhouette):
+        """mid4 (N, h, w, 4D), silhouette (N, H, W) -> denoising and appearance code (N, 16, H, W).
+        The branches see the foreground alone: their batch norms' statistics are the body's."""
+        where = silhouette.nonzero(as_tuple=True)
+        pixels = upsampled(mid4, self.code_size)[where]    # (M, 4D)
+        return [self.code_of(branch, pixels, where, len(silhouette))
+                for branch in (self.denoising_branch, self.appearance_branch)]
+
     def encode(self, frames):
         """Frames (N, 3, H, W), normalised -> Codes."""
         last, mid4 = self.features(frames)
         mask, losses = self.mask_and_losses(last)
         body = choose_body(mask.detach())
         silhouette = refine_edges(body)
-        # The branches see the foreground alone: their batch norms' statistics are the body's.
-        where = silhouette.nonzero(as_tuple=True)
-        pixels = upsampled(mid4, self.code_size)[where]    # (M, 4D)
-        denoising = self.code_of(self.denoising_branch, pixels, where, len(frames))
-        appearance = self.code_of(self.appearance_branch, pixels, where, len(frames))
+        denoising, appearance = self.codes_of(mid4, silhouette)
         with torch.autocast(frames.device.type, enabled=False):
             # Without the last channel: the sum over all 16 would be 1 all over the body.
             losses["smooth_part"] = 0.01 * smooth_loss(denoising[:, :-1])

@@ -2,7 +2,8 @@
 them.
 
     python train.py                          the small preset on walkers: minutes on a CPU, offline
-    python train.py --data PATH              the paper's recipe on HITSZ-VCM or BUPTCampus
+    python train.py --data PATH              the paper's recipe on a dataset (docs/data.md)
+    python train.py --data A B               on two together, tested on the first
     python train.py --method lsmrl ...       the second method, with its own recipe and small preset
     python train.py --method FILE.py:CLASS   a method of your own
     python train.py --resume runs/NAME       goes on after the last whole epoch
@@ -30,13 +31,23 @@ import bisect
 import itertools
 import math
 import os
+import re
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import walkers
-from data import Frames, IdentitySampler, augment, chosen_rule, is_walkers, load_dataset
+from data import (
+    Frames,
+    IdentitySampler,
+    augment,
+    check_reader,
+    chosen_rule,
+    is_walkers,
+    load_datasets,
+    load_reader,
+)
 from evaluate import (
     EvaluationOptions,
     evaluate,
@@ -45,6 +56,7 @@ from evaluate import (
     method_of,
     silhouette_sheet,
     table,
+    tested_elsewhere,
 )
 from support.files import (
     RunFolder,
@@ -55,11 +67,12 @@ from support.files import (
     write_json,
     write_picture,
 )
-from support.footage import FrameCache, ignore_interrupts
+from support.footage import FrameCache, ignore_interrupts, relative
 from support.options import (
     Bar,
     Parser,
     add_options,
+    as_typed,
     check_ranges,
     cli,
     given_options,
@@ -242,13 +255,18 @@ def how_to_go_on(run):
 # --------------------------------------------------------- what a run is made of ----
 
 def training_data(config):
-    """The Dataset that --data names, or walkers, drawn if they are not there."""
+    """The Dataset that --data names, or walkers, drawn if they are not there. Raises UserError."""
     if not config.data:
-        config.data = os.path.join("runs", "walkers")
+        config.data = (os.path.join("runs", "walkers"),)
         with first_goes_first():
             if processes()[0] == 0:    # one process in all draws; the others wait
-                walkers.make_walkers(config.data)
-    return load_dataset(config.data, config.auxiliary)
+                walkers.make_walkers(*config.data)
+    dataset = load_datasets(config.data, config.auxiliary, config.reader)
+    if not dataset.train:
+        raise UserError(f"nobody to train on in {as_typed(config.data)}; expected train/, or a "
+                        "benchmark; evaluate.py can test on it")
+    config.trained_on = dataset.train_name or dataset.name, config.data
+    return dataset
 
 
 def training_loader(config, dataset, device):
@@ -276,7 +294,7 @@ def build(config, method, dataset, checkpoint, run):
         return method(config, len(dataset.classes), pretrained=True)
     if checkpoint["classes"] != dataset.classes:
         raise UserError(f"the run knows other identities than the {len(dataset.classes)} of "
-                        f"{config.data}; expected the dataset it was trained on: check --data")
+                        f"{as_typed(config.data)}; expected what it was trained on: check --data")
     return rebuild(method, config, checkpoint, run.resume)
 
 
@@ -329,7 +347,8 @@ class TrainingState:
         checkpoint = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                       "scaler": self.scaler.state_dict(), "epoch": epoch,
                       "config": asdict(self.config), "classes": dataset.classes,
-                      "method": self.config.method, "random": random_states(self.device)}
+                      "method": self.config.method, "dataset": self.config.trained_on[0],
+                      "random": random_states(self.device)}
 
         def write(file):
             try:
@@ -370,15 +389,20 @@ class TrainingState:
 def begin(run, config, dataset, model, device, first_epoch):
     """Process 0 takes the run's folder, for all; says what begins."""
     rank, world = processes()
+    name = config.trained_on[0]
     if rank == 0:
-        run.claim(f"{config.method.rpartition(':')[2].lower()}-{dataset.name.lower()}", first_epoch)
+        stem = f"{config.method.rpartition(':')[2]}-{name}".lower()
+        run.claim(re.sub(r"[^\w-]+", "-", stem)[:60].strip("-"), first_epoch)
         write_json(run.file(run.CONFIG), asdict(config))
     run.path, run.log = from_first((run.path, run.log))
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     where = str(device) if world == 1 else f"{world} x {device.type}"
-    say_once(f"{config.method} on {dataset.name}: {len(dataset.classes)} training identities, "
+    say_once(f"{config.method} on {printable(name)}: {len(dataset.classes)} training identities, "
              f"{len(dataset.train):,} tracklets; {parameters:,} parameters to train; {where}, "
              f"{precision_of(config, device)}; run {printable(run.path)}")
+    if not dataset.test:
+        say_once(f"nothing to test on in {printable(as_typed(config.data))}: there will be no "
+                 "table and no results.json")
 
 
 WARM_UP_EPOCH = 10 ** 6    # batches and augmentation of its own, which no epoch repeats
@@ -505,8 +529,8 @@ class EpochMeans:
 
     def say_how_long(self):
         """On a CPU a real benchmark takes days: better said at once."""
-        says_it = self.dataset.name != "walkers" and self.device.type == "cpu" and self.rank == 0
-        if says_it and self.epoch == 0:
+        is_real = self.config.trained_on[0] != "walkers"
+        if is_real and self.device.type == "cpu" and self.rank == 0 and self.epoch == 0:
             hours = (time.time() - self.start) / self.step * self.config.steps / 3600
             tell(f"no CUDA here: about {hours:.2g} hours an epoch on this CPU")
 
@@ -521,7 +545,7 @@ class EpochMeans:
             wrong = [name for name, value in values.items() if not value.isfinite()]
             if wrong:
                 first_frames = [self.dataset.train[i].frames[0] for i in index.tolist()]
-                batch = " ".join(os.path.relpath(os.path.dirname(frame), self.dataset.root)
+                batch = " ".join(relative(os.path.dirname(frame), self.dataset.root)
                                  for frame in first_frames)
                 mine = (f"{wrong[0]} is {values[wrong[0]].item()} in {where}, step {step}; "
                         f"{advice}, or look at the batch's tracklets: {batch}")
@@ -565,27 +589,30 @@ def for_the_log(directions):
 
 
 def report(model, dataset, config, device, run, epoch):
-    """Evaluates; writes results.json and the pictures, adds Rank-1 and mAP, each stream's too, to
-    the last line of the log; prints the table."""
+    """Evaluates, if there is something to test on; writes results.json and the pictures, adds
+    Rank-1 and mAP, each stream's too, to the last line of the log; prints the table."""
     take_buffers_of_first(model)    # all evaluate with the batch norms of process 0
-    start = time.time()
-    results, _, _ = evaluate(model, dataset, config, device)
+    start, words = time.time(), ""
+    results = evaluate(model, dataset, config, device)[0] if dataset.test else None
     if results is not None:    # process 0
         trained = sum(line.get("seconds", 0) for line in run.log)
-        results = {"method": config.method, "dataset": dataset.name, **results,
+        results = {"method": config.method, "dataset": dataset.name,
+                   **tested_elsewhere(dataset, config), **results,
                    "seconds": round(trained + time.time() - start, 1)}
         write_json(run.file("results.json"), results)
         if run.log:
             streams = {name: for_the_log(alone) for name, alone in results["streams"].items()}
             run.log[-1] |= {**for_the_log(results["directions"]), "streams": streams}
+        words = f"\n{table(results)}\n"
+    if processes()[0] == 0:
         drawn = draw_pictures(model, dataset, config, device, run, epoch)
         # Last: catch_up_evaluation takes a logged rank-1 as proof that all of this was done.
         if run.log:
             run.write_log()
-        words = f"\n{table(results)}\n"
         if epoch == config.epochs:
             words += f"Everything is in {printable(run.path)}{os.sep}{drawn}"
-        say(words)
+        if words:
+            say(words)
     wait_for_all()
 
 
@@ -597,7 +624,7 @@ def draw_pictures(model, dataset, config, device, run, epoch):
         write_picture(run.file(name), silhouette_sheet(model, dataset, config, device))
         words += f"; {name} shows what the model sees"
     if run.log:
-        title = f"{config.method} on {dataset.name}"
+        title = f"{config.method} on {config.trained_on[0]}"
         write_picture(run.file("curves.png"), draw_curves(run.log, title))
         words += "; curves.png how it learned"
     return words
@@ -640,7 +667,8 @@ def read_command_line(words=None):
     add_options(parser, config_class, method.Options.small)
     given = given_options(parser.parse_args(words))    # what was typed: Parser drops defaults
     preset, run_path = given.pop("preset", None), given.pop("run", None)
-    empty = [name for name in ("method", "resume", "data") if given.get(name) == ""]
+    empty = [name for name in ("method", "resume", "data")
+             if name in given and not (given[name] and all(given[name]))]
     if empty:
         raise UserError(f"--{empty[0]} is empty; name one, or drop the option: is a shell variable "
                         "unset?")
@@ -653,7 +681,7 @@ def read_command_line(words=None):
             resume = os.path.dirname(resume) or "."
         run_path = run_path or resume
     else:
-        is_real = "data" in given and not is_walkers(given["data"])
+        is_real = not all(map(is_walkers, given.get("data", ())))
         preset = preset or ("paper" if is_real else "small")
         changed = method.Options.small if preset == "small" else {}
         config = config_class(**{**changed, **given})
@@ -671,6 +699,7 @@ def resumed_config(config_class, checkpoint, given, resume):
         raise UserError(f"{resume} was saved in the middle of an epoch, by an older version; it "
                         "can be evaluated, or resumed with the code that wrote it")
     stored = stored_config(config_class, checkpoint["config"], resume)
+    check_reader(given, stored.reader, resume)
     given_optimizer = given.get("optimizer", stored.optimizer)
     if given_optimizer != stored.optimizer:
         raise UserError(f"--optimizer {given_optimizer} cannot go on with the state of "
@@ -693,6 +722,7 @@ def check(config):
             raise UserError(f"--{name} {getattr(config, name)}; expected one of "
                             f"{', '.join(values)}")
     config.check()
+    load_reader(config.reader)
 
 
 if __name__ == "__main__":

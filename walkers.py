@@ -20,6 +20,7 @@ All else (place, light, angle, size, blur, noise, quality) belongs to the camera
     DIR/info/track_train_info.txt      modality start end pid camera; start to end: lines of the
                                        names, 1-based and inclusive
     DIR/info/query_IDX.txt             1-based rows of track_test_info: all the infrared ones
+    DIR/sentences.json                 {pid: what the person is and wears, in words}
     DIR/walkers.json                   what it was made with
 
 Quick question: would a network that learns colours do well here? (By day, yes. Across modalities it
@@ -338,14 +339,28 @@ class Row(NamedTuple):
     frames: int
 
 
+def split_of(made, pid):
+    """-> Train or Test, and the person's number there, from 0. made: what walkers.json holds."""
+    train = made["train_identities"]
+    return ("Train", pid - 1) if pid <= train else ("Test", pid - 1 - train)
+
+
+def is_uniform(made, pid):
+    _, number = split_of(made, pid)
+    return wears_uniform(number, made["uniform"])
+
+
+def walker_of(made, pid):
+    return make_walker(made["seed"], pid, is_uniform(made, pid))
+
+
 def write_walker(folder, made, pid):
     """Draws one identity by day and by night, and writes it -> its Rows. made: what walkers.json
     holds."""
     seed, frames, cameras = made["seed"], made["frames"], made["cameras"]
-    train = made["train_identities"]
-    split, number_in_split = ("Train", pid - 1) if pid <= train else ("Test", pid - 1 - train)
-    uniform = wears_uniform(number_in_split, made["uniform"])
-    walker, rows = make_walker(seed, pid, uniform), []
+    split, _ = split_of(made, pid)
+    uniform = is_uniform(made, pid)
+    walker, rows = walker_of(made, pid), []
     plan = np.random.default_rng([seed, OF_PLAN, pid])
     for modality in "infrared", "visible":
         paint = make_paint(seed, 0 if uniform else pid, modality)    # nobody else is number 0
@@ -399,6 +414,8 @@ def draw_folder(folder, made, workers):
         written = list(progress(pool.imap(write, pids), "walkers", len(pids)))
     write_info(folder, "train", sum(written[:train], []))
     write_info(folder, "test", sum(written[train:], []))
+    sentences = {pid: pedestrian.describe(walker_of(made, pid)) for pid in pids}
+    (folder / "sentences.json").write_text(json.dumps(sentences, indent=1) + "\n")
     (folder / "walkers.json").write_text(json.dumps(made, indent=1, sort_keys=True) + "\n")
 
 

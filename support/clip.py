@@ -4,12 +4,13 @@
     word vectors (C,L,width) -> CLIP.encode_text -> text features (C,dim)
 
 Tensor for tensor OpenAI's ViT-B-16.pt. In which order the image blocks are read is the method's
-choice: see stfl in lsmrl.py. There is no tokenizer: the one sentence needed has its numbers there.
+choice: see stfl in lsmrl.py. There is no tokenizer: LSMRL says one sentence, whose numbers are
+PROMPT; `tiny` has a few dozen words, and `tokenized` looks them up.
 
 Quick question: why is OpenAI's file searched for __setstate__? (It is no list of tensors but a
 program in TorchScript. Loading it runs none of its code, but for the methods of that name.)
 
-Ours, not the paper's: `tiny`, which is random; positions resized to a grid that is not square.
+Ours, not the paper's: the two tiny ones; positions resized to a grid that is not square.
 """
 import math
 import os
@@ -25,12 +26,30 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# `tiny` is random, for the offline demo and tests.
+# The words of `tiny`, by number. The first one pads, and holds the place of a word to be learned.
+VOCABULARY = (
+    "X", "<start>", "<end>", "a", "photo", "of", "person", "in", "and", "with", ".", "tall",
+    "short", "slim", "broad", "plain", "striped", "lined", "checked", "dotted", "banded", "halved",
+    "diagonal", "zigzag", "tank", "t-shirt", "long", "shirt", "jacket", "coat", "wide",
+    "trousers", "shorts", "skirt", "hair", "afro", "bun", "cap", "hat", "backpack", "shoulder",
+    "bag", "handbag", "trolley")
+
+# "A photo of a X X X X person.", start and end token included, as CLIP's tokenizer has it. CLIP
+# pads it to 77 with zeros, but its text transformer is causal: what stands after the end token
+# cannot change the feature read there. So these 12 suffice, exactly, at a sixth of the cost.
+OPENAI_PROMPT = 49406, 320, 1125, 539, 320, 343, 343, 343, 343, 2533, 269, 49407
+
+# `tiny` was trained on walkers by support/priors.py, `tiny-random` is not trained.
+TINY_SIZES = {
+    "patch": 8, "grid": (16, 8), "width": 64, "depth": 4, "heads": 2, "dim": 64, "text_width": 32,
+    "text_depth": 2, "text_heads": 1, "words": len(VOCABULARY)}
 CLIP_MODELS = {
-    "ViT-B-16": {"patch": 16, "grid": 14, "width": 768, "depth": 12, "heads": 12, "dim": 512,
-                 "text_width": 512, "text_depth": 12, "text_heads": 8},
-    "tiny": {"patch": 8, "grid": 8, "width": 64, "depth": 4, "heads": 2, "dim": 64,
-             "text_width": 32, "text_depth": 2, "text_heads": 1}}
+    "ViT-B-16": {"patch": 16, "grid": (14, 14), "width": 768, "depth": 12, "heads": 12, "dim": 512,
+                 "text_width": 512, "text_depth": 12, "text_heads": 8, "words": 49408},
+    "tiny": TINY_SIZES, "tiny-random": TINY_SIZES}
+TINY, RANDOM = "tiny", "tiny-random"
+TINY_FILE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets",
+                         "tiny_clip.pt")
 CLIP_SHA256 = "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"
 CLIP_URL = f"https://openaipublic.azureedge.net/clip/models/{CLIP_SHA256}/ViT-B-16.pt"
 
@@ -59,6 +78,16 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
+    def weights(self, x, context):
+        """How much each of x (N, L, D) reads of each of context (N, M, D): (N, L, M), the heads'
+        mean. For pictures: forward never forms it."""
+        D = x.shape[-1]
+        q = self.split_heads(F.linear(x, self.in_proj_weight[:D], self.in_proj_bias[:D]))
+        k = self.split_heads(F.linear(context, self.in_proj_weight[D:2 * D],
+                                      self.in_proj_bias[D:2 * D]))
+        scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5    # (N, heads, L, M)
+        return scores.softmax(-1).mean(1)
+
     def split_heads(self, x):
         """(N, L, D) -> (N, heads, L, D / heads)."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -78,7 +107,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each beside a shortcut: x (N, L, D), context (N, M, D) -> (N, L, D)."""
+    """Attention and MLP, each beside a shortcut: x (N, L, D) -> (N, L, D)."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -87,11 +116,8 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(dim)
         self.ln_2 = nn.LayerNorm(dim)
 
-    def forward(self, x, context=None, causal=False):
-        y = self.ln_1(x)
-        if context is not None:
-            context = self.ln_1(context)
-        x = x + self.attn(y, context, causal)
+    def forward(self, x, causal=False):
+        x = x + self.attn(self.ln_1(x), causal=causal)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -108,11 +134,11 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, *, patch, grid, width, depth, heads, dim):
         super().__init__()
-        self.grid = (grid, grid)
+        self.grid = grid
         scale = width ** -0.5
         self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
         self.class_embedding = nn.Parameter(torch.randn(width) * scale)
-        self.positional_embedding = nn.Parameter(torch.randn(1 + grid * grid, width) * scale)
+        self.positional_embedding = nn.Parameter(torch.randn(1 + math.prod(grid), width) * scale)
         self.ln_pre = nn.LayerNorm(width)
         self.ln_post = nn.LayerNorm(width)
         self.transformer = Transformer(width, depth, heads)
@@ -122,7 +148,7 @@ class VisionTransformer(nn.Module):
         """Images (N, 3, H, W) -> what the first block gets, (N, 1 + h*w, D): CLS and patches, with
         their positions."""
         patches = self.conv1(images).flatten(2).transpose(1, 2)
-        cls = self.class_embedding.to(patches.dtype).expand(len(images), 1, -1)
+        cls = self.class_embedding.to(patches.dtype).expand(images.shape[0], 1, -1)
         return self.ln_pre(torch.cat([cls, patches], dim=1) + self.positional_embedding)
 
     def resize(self, h, w):
@@ -139,12 +165,12 @@ class CLIP(nn.Module):
     """Both sides: OpenAI's 302 tensors (logit_scale included, unused here)."""
 
     def __init__(self, *, patch, grid, width, depth, heads, dim, text_width, text_depth,
-                 text_heads):
+                 text_heads, words):
         super().__init__()
         self.visual = VisionTransformer(patch=patch, grid=grid, width=width, depth=depth,
                                         heads=heads, dim=dim)
         self.transformer = Transformer(text_width, text_depth, text_heads)
-        self.token_embedding = nn.Embedding(49408, text_width)
+        self.token_embedding = nn.Embedding(words, text_width)
         self.positional_embedding = nn.Parameter(torch.randn(77, text_width) * 0.01)
         self.ln_final = nn.LayerNorm(text_width)
         projection = torch.randn(text_width, dim) * text_width ** -0.5
@@ -152,13 +178,38 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
+    def encode_image(self, images):
+        """Images (N, 3, H, W) -> image features (N, dim), as CLIP itself reads the blocks."""
+        x = self.visual.embed(images)
+        for block in self.visual.transformer.resblocks:
+            x = block(x)
+        return self.visual.ln_post(x[:, 0]) @ self.visual.proj
+
     def encode_text(self, words, end):
-        """Word vectors (C, L, text_width), L <= 77, with the end token at position `end` -> text
-        features (C, dim)."""
+        """Word vectors (C, L, text_width), L <= 77, with the end token at position `end`, one for
+        all or (C,) -> text features (C, dim)."""
         x = words + self.positional_embedding[:words.shape[1]]
         for block in self.transformer.resblocks:
             x = block(x, causal=True)
-        return self.ln_final(x[:, end]) @ self.text_projection
+        return self.ln_final(x[torch.arange(len(x)), end]) @ self.text_projection
+
+
+def prompt_of(name):
+    """-> the 12 numbers of "A photo of a X X X X person." for the CLIP of that name."""
+    if name in (TINY, RANDOM):
+        numbers, _ = tokenized(["a photo of a X X X X person ."])
+        return numbers[0]
+    return torch.tensor(OPENAI_PROMPT)
+
+
+def tokenized(sentences):
+    """Sentences of words of VOCABULARY, with spaces between -> their numbers (C, L), start and end
+    token included, padded with 0, and the place of each one's end token (C,)."""
+    number = {word: i for i, word in enumerate(VOCABULARY)}
+    rows = [[number[word] for word in f"<start> {sentence} <end>".split()]
+            for sentence in sentences]
+    end = torch.tensor([len(row) - 1 for row in rows])
+    return nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), batch_first=True), end
 
 
 # --------------------------------------------------------------- weights ----
@@ -219,22 +270,21 @@ def fetch_official():
         return path
 
     return download("CLIP ViT-B/16", fetch, "give OpenAI's file by --clip-weights FILE, or take "
-                    "--preset small (a tiny random CLIP, for trying out)")
+                    "--preset small (a tiny CLIP, for trying out)")
 
 
 def load_clip(name, weights=None, pretrained=True):
     """The CLIP of that name, its text side frozen.
 
     By default OpenAI's file, downloaded once and cached; weights: a local copy of it;
-    pretrained=False: random, to be filled by a checkpoint. `tiny` is always random. Raises
+    pretrained=False: random, to be filled by a checkpoint. `tiny` lies in assets/. Raises
     UserError."""
-    sizes = clip_sizes(name)
-    if name == "tiny" and weights:
-        raise UserError("--clip tiny is random and reads no weights; drop --clip-weights, or take "
+    clip = CLIP(**clip_sizes(name))
+    if name in (TINY, RANDOM) and weights:
+        raise UserError(f"--clip {name} reads no weights; drop --clip-weights, or take "
                         "--clip ViT-B-16")
-    clip = CLIP(**sizes)
-    if pretrained and name != "tiny":
-        path = weights or fetch_official()
+    if pretrained and name != RANDOM:
+        path = TINY_FILE if name == TINY else weights or fetch_official()
         load_strictly(clip, read_clip(path), f"{path} (as CLIP {name})")
     for key, parameter in clip.named_parameters():
         parameter.requires_grad_(key.startswith("visual."))

@@ -249,6 +249,16 @@ def find_footage(path):
     return {name: named[name] for name in sorted(named, key=natural)}
 
 
+def is_mask(frame):
+    """Is the picture of two colours at most, as a mask is? False for one that cannot be read:
+    whoever reads it will say so."""
+    try:
+        with open_image(file_of(frame)) as image:
+            return image.convert("L").getcolors(2) is not None
+    except Exception:    # pillow raises a dozen types for a bad file
+        return False
+
+
 # ------------------------------------------------------- a cache of frames ----
 
 
@@ -256,6 +266,14 @@ def ignore_interrupts(worker):
     """For loader processes: Ctrl-C goes to the whole group, but what to do about it is for the main
     process to say."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def relative(path, root):
+    """The path as seen from root; itself where no way leads there, as to another drive."""
+    try:
+        return os.path.relpath(path, root)
+    except ValueError:
+        return path
 
 
 class FrameFiles(torch.utils.data.Dataset):
@@ -323,7 +341,7 @@ class FrameCache:
         files = [file_of(frame) for frame in frames]
         try:
             states = state_of_files(files)
-            named = [(os.path.relpath(frame, root), *states[file])
+            named = [(relative(frame, root), *states[file])
                      for frame, file in zip(frames, files, strict=True)]
         except (OSError, KeyError) as error:
             raise UserError(f"the training frames changed while --cache was made ({error}); start "

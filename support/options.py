@@ -22,6 +22,8 @@ import os
 import signal
 import sys
 import time
+import traceback
+from contextlib import contextmanager
 from dataclasses import field, fields
 
 from support.files import UserError, in_short, printable
@@ -31,10 +33,11 @@ from tqdm import tqdm
 # -------------------------------------------------------------- options ----
 
 
-def option(default, help, least=None, most=None, group="method"):
+def option(default, help, least=None, most=None, group="method", each=int):
     """A dataclass field that becomes a command-line option, with its advice, the smallest and the
-    largest value that can work, and the group under which --help lists it."""
-    metadata = {"help": help, "least": least, "most": most, "group": group}
+    largest value that can work, and the group under which --help lists it. each: the type of a
+    tuple's elements."""
+    metadata = {"help": help, "least": least, "most": most, "group": group, "each": each}
     return field(default=default, metadata=metadata)
 
 
@@ -45,7 +48,7 @@ def option_name(field_name):
 def as_typed(value):
     """A value as it would be typed."""
     if isinstance(value, tuple):
-        return " ".join(map(str, value))
+        return " ".join(map(str, value)) or "none"
     if isinstance(value, bool):
         return "on" if value else "off"
     return "none" if value == "" else str(value)
@@ -93,10 +96,10 @@ def add_options(parser, config_class, small):
             default += f"; small: {as_typed(small[f.name])}"
         how = {"help": f"{f.metadata['help']} ({default})".replace("%", "%%")}
         kind = type(f.default)
+        if kind is tuple:
+            kind, how["nargs"] = f.metadata["each"], "*"
         if kind is bool:
             how |= {"type": on_off, "metavar": "on|off"}
-        elif kind is tuple:
-            how |= {"type": int, "nargs": "*", "metavar": "N"}
         else:
             how |= {"type": kind, "metavar": {int: "N", float: "X", str: "NAME"}[kind]}
         groups[title].add_argument(option_name(f.name), **how)
@@ -119,8 +122,10 @@ def check_ranges(config):
             raise UserError(f"{name} is {in_short(repr(value), 60)}; expected "
                             f"{type(default).__name__}, as in {default!r}")
         numbers = value if isinstance(value, tuple) else (value,)
-        if isinstance(value, tuple) and not all(type(n) is int for n in numbers):
-            raise UserError(f"{name} {in_short(repr(value), 60)}; expected whole numbers")
+        each = f.metadata["each"]
+        if isinstance(value, tuple) and not all(type(n) is each for n in numbers):
+            expected = {int: "whole numbers", str: "text"}[each]
+            raise UserError(f"{name} {in_short(repr(value), 60)}; expected {expected}")
         least, most = f.metadata["least"], f.metadata["most"]
         if isinstance(value, tuple) and least is not None and len(value) != len(default):
             raise UserError(f"{name} {as_typed(value)[:60]}; expected {len(default)} numbers")
@@ -135,7 +140,10 @@ def stored_config(config_class, values, what):
     """A checkpoint's configuration {name: value} -> the dataclass, checked; what it does not say
     has its default. Raises UserError."""
     known = {f.name for f in fields(config_class)}
-    config = config_class(**{name: value for name, value in values.items() if name in known})
+    values = {name: value for name, value in values.items() if name in known}
+    if isinstance(values.get("data"), str):    # of one folder, in older checkpoints
+        values["data"] = (values["data"],)
+    config = config_class(**values)
     try:
         check_ranges(config)
         config.check()
@@ -144,9 +152,54 @@ def stored_config(config_class, values, what):
     return config
 
 
-# -------------------------------------------------------------- methods ----
+# ------------------------------------------------------- code of one's own ----
 
 METHODS = {"dinogrl": "model.py:DinoGRL", "lsmrl": "lsmrl.py:LSMRL"}
+
+
+@contextmanager
+def one_line(what, path):
+    """Whatever is raised in here becomes a UserError that begins with `what`, and says in which
+    line of the file of one's own at `path`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:    # whatever a stranger's code may raise
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == path]
+        where = f", line {lines[-1]}" if lines else ""
+        raise UserError(f"{what}: {path}{where} raised {type(error).__name__}: {in_short(error)}; "
+                        "mend it there") from error
+
+
+def load_own(option, name, expected):
+    """FILE.py:NAME, given for an option -> the path of FILE.py, and what it defines as NAME or
+    None. Raises UserError, which may say what was `expected`.
+
+    It runs that file. The file's folder is where its own imports are looked for."""
+    what = f"{option} {name}"
+    path, _, attribute = name.rpartition(":")
+    if not path.endswith(".py") or not attribute.isidentifier():
+        raise UserError(f"{what} is not known; expected {expected}")
+    path = os.path.abspath(path)
+    if not os.path.isfile(path):
+        raise UserError(f"{what}: no file {path}; check the path")
+    folder, file = os.path.split(path)
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    for where in (root, folder):
+        if where not in sys.path:
+            sys.path.append(where)
+    module_name = file.removesuffix(".py")
+    if "." in module_name:
+        raise UserError(f"{what}: Python cannot import {file}; give it a name of one dot")
+    with one_line(what, path):
+        module = importlib.import_module(module_name)
+    found = getattr(module, "__file__", None)    # none of what is built into Python
+    if not found or not os.path.samefile(found, path):
+        raise UserError(f"{what}: another module is called {module_name} already "
+                        f"({found or 'built-in'}); give your file another name")
+    return path, getattr(module, attribute, None)
 
 
 def load_method(name):
@@ -154,30 +207,15 @@ def load_method(name):
 
     A method is a torch module with the attribute Options (a dataclass of `option`s with check() and
     `small`), made by CLASS(config, classes, pretrained), and embed, forward, parameter_groups and
-    warm_up_steps as in model.py. The file's folder is where its own imports are looked for."""
-    own = name not in METHODS
-    path, _, class_name = METHODS.get(name, name).rpartition(":")
-    if not path.endswith(".py") or not class_name.isidentifier():
-        raise UserError(f"--method {name} is not known; expected {', '.join(METHODS)}, or "
-                        "FILE.py:CLASS of your own")
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    path = os.path.abspath(path if own else os.path.join(root, path))
-    if not os.path.isfile(path):
-        raise UserError(f"--method {name}: no file {path}; check the path")
-    folder, file = os.path.split(path)
-    for where in (root, folder):
-        if where not in sys.path:
-            sys.path.append(where)
-    module_name = file.removesuffix(".py")
-    if "." in module_name:
-        raise UserError(f"--method {name}: Python cannot import {file}; give it a name of one dot")
-    module = importlib.import_module(module_name)
-    found = getattr(module, "__file__", None)    # none of what is built into Python
-    if not found or not os.path.samefile(found, path):
-        raise UserError(f"--method {name}: another module is called {module_name} already "
-                        f"({found or 'built-in'}); give your file another name")
-    method = getattr(module, class_name, None)
+    warm_up_steps as in model.py."""
+    if name in METHODS:
+        file, class_name = METHODS[name].split(".py:")
+        package = __name__.removesuffix("support.options")    # "vvireid.", where we are part of it
+        return getattr(importlib.import_module(package + file), class_name)
+    known = f"{', '.join(METHODS)}, or FILE.py:CLASS of your own"
+    path, method = load_own("--method", name, known)
     if not hasattr(method, "Options"):
+        class_name = name.rpartition(":")[2]
         what = f"no class {class_name}" if method is None else f"{class_name} without Options"
         raise UserError(f"--method {name}: {path} has {what}; expected a method's class, such as "
                         "one derived from DinoGRL or LSMRL")

@@ -71,6 +71,11 @@ HAIRS = {    # hair behind the face; the face; hair or hat over it
 BAGS = "none", "backpack", "shoulder bag", "handbag", "trolley"
 PATTERNS = ("plain", "across", "down", "checks", "dots", "band", "halves", "diagonal", "zigzag")
 
+SPOKEN = {    # what a sentence calls otherwise than these tables
+    "across": "striped", "down": "lined", "checks": "checked", "dots": "dotted", "band": "banded",
+    "halves": "halved", "long sleeves": "shirt", "short": "short hair", "long": "long hair",
+    "afro": "afro hair", "bun": "a bun", "cap": "a cap", "hat": "a hat"}
+
 # What has a paint of its own.
 ROLES = UPPER, LOWER, SKIN, HAIR, SHOES, BAG = range(6)
 NOBODY = -1    # the background's
@@ -133,6 +138,22 @@ class Walker:
     bag_side: int      # LEFT or RIGHT
     bag_size: float    # 1 is the average bag's
     hair: str          # one of HAIRS
+
+
+def describe(walker):
+    """-> a sentence about what shows in both modalities, of words that support/clip.py knows: "a
+    photo of a tall slim person in a striped coat and plain shorts with long hair and a bag ."."""
+    words = ["a photo of a"]
+    if abs(walker.stature - 1) > 0.02:
+        words.append("tall" if walker.stature > 1 else "short")
+    if not 0.9 < walker.girth < 1.2:
+        words.append("slim" if walker.girth < 1 else "broad")
+    seen = (walker.upper.pattern, walker.top, walker.lower.pattern, walker.bottom, walker.hair)
+    over, top, under, bottom, hair = (SPOKEN.get(name, name) for name in seen)
+    words.append(f"person in a {over} {top} and {under} {bottom} with {hair}")
+    if walker.bag != "none":
+        words.append(f"and a {walker.bag}")
+    return " ".join([*words, "."])
 
 
 class Joint(NamedTuple):

@@ -66,6 +66,18 @@ class Sheet:
         words = elided(words, width, self.font)
         self.pen.text((x, y), words, fill="black", font=self.font)
 
+    def frame(self, x, y, path, size):
+        """A file's picture, as large as `size` (H, W), with its upper left corner at (x, y)."""
+        H, W = size
+        try:
+            pixels = read_frame(path or "", size)
+        except UserError:    # a gallery kept in a file may outlive its frames
+            self.pen.rectangle((x, y, x + W - 1, y + H - 1), fill="white")
+            self.text(x + 4, y + H // 2, "no file")
+            return
+        image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        self.image.paste(image, (x, y))
+
 
 # ----------------------------------------------------------- silhouettes ----
 
@@ -105,8 +117,9 @@ def side_by_side(images, height, width):
     if images.ndim == 3:
         images = images[:, None].expand(-1, 3, -1, -1)
     images = F.interpolate(images, (height, width), mode="bilinear", align_corners=False)
-    row = images.clamp(0, 1).permute(2, 0, 3, 1).reshape(height, -1, 3)
-    return Image.fromarray((row * 255).byte().numpy())
+    images = images.clamp(0, 1).permute(2, 0, 3, 1)    # (H, T, W, 3)
+    row = images.reshape(height, -1, 3) * 255
+    return Image.fromarray(row.byte().numpy())
 
 
 def rows_of(columns):
@@ -155,6 +168,57 @@ def draw_silhouettes(columns, height=128):
             mean = column.iou.mean().item()
             sheet.text(x, bottom - 22, f"IoU {mean:.2f}")
     return sheet.image
+
+
+# ------------------------------------------------------- what LSMRL reads ----
+
+
+class Reading(NamedTuple):
+    """A tracklet as LSMRL reads it. frames: uint8 (T, 3, H, W); look: where each frame's token
+    looks, (T, h, w), or None; sentences: those it reads most, of (caption, a frame's path or
+    None)."""
+    title: str
+    frames: torch.Tensor
+    look: torch.Tensor | None
+    sentences: list
+
+
+def draw_reading(columns, height=128):
+    """A column per tracklet: its frames, lit where their tokens look, and the people whose
+    sentences it reads most. columns: of Reading, of the same T, H and W."""
+    T, _, H, W = columns[0].frames.shape
+    left, top = 110, 24
+    gap, foot = 8, 20
+    width = height * W // H
+    column_width = T * width + 2 * gap
+    sheet = Sheet(left + len(columns) * column_width, top + 3 * (height + gap) + foot)
+    for row, name in enumerate(("frames", "looks at", "reads most of")):
+        sheet.text(6, top + row * (height + gap) + height // 2 - 8, name)
+    for c, column in enumerate(columns):
+        x = left + c * column_width
+        y = top
+        sheet.text(x, 4, column.title, width=T * width)
+        frames = column.frames.cpu() / 255
+        sheet.image.paste(side_by_side(frames, height, width), (x, y))
+        y += height + gap
+        if column.look is not None:
+            lit = frames * light_of(column.look, (H, W))
+            sheet.image.paste(side_by_side(lit, height, width), (x, y))
+        y += height + gap
+        for caption, path in column.sentences[:T]:
+            sheet.frame(x, y, path, (height, width))
+            sheet.text(x, y + height + 2, caption, width=width)
+            x += width
+    return sheet.image
+
+
+def light_of(look, size):
+    """Shares of the patches (T, h, w) -> how bright each pixel is to be, (T, 1, H, W), the patch
+    that is looked at most 1."""
+    look = look.float().cpu()[:, None]
+    brightest = look.amax((2, 3), keepdim=True)
+    look = F.interpolate(look / brightest, size, mode="bilinear", align_corners=False)
+    return 0.15 + 0.85 * look
 
 
 # ---------------------------------------------------------- ranked lists ----
@@ -211,32 +275,25 @@ class RankingSheet(Sheet):
         right, bottom = x + self.cell_width, y + self.cell_height
         self.pen.rectangle((x, y, right - 1, bottom - 1), fill=colour)
         for k, frame in enumerate(evenly(frames, self.shown)):
-            self.frame(x + self.BORDER + k * self.width, y + self.BORDER, frame)
+            self.frame(x + self.BORDER + k * self.width, y + self.BORDER, frame,
+                       (self.height, self.width))
         for k, words in enumerate(lines):
             self.text(x, bottom + 2 + k * self.LINE, words, width=self.cell_width)
 
     def bars(self, row, column, strips, longest):
-        """strips: see Found; longest: {stream: the distance whose bar has the full length}."""
+        """At the right of a cell, a bar for each strip. strips: see Found; longest: {stream: the
+        distance whose bar has the full length}."""
         left = 2 * self.PAD + column * self.column_width + self.cell_width + 2
         top = self.PAD + row * self.row_height + self.TITLE + self.BORDER
         for name, distances in strips.items():
+            _, colour = self.streams[name]
             tall = self.height / len(distances)
-            for i, distance in enumerate(distances.tolist()):
-                y, length = top + i * tall, (self.BARS - 4) * distance / longest[name]
-                self.pen.rectangle((left, y, left + length, y + tall - 2),
-                                   fill=self.streams[name][1])
+            y = top
+            for distance in distances.tolist():
+                right = left + (self.BARS - 4) * distance / longest[name]
+                self.pen.rectangle((left, y, right, y + tall - 2), fill=colour)
+                y += tall
             left += self.BARS
-
-    def frame(self, x, y, path):
-        try:
-            pixels = read_frame(path, (self.height, self.width))
-        except UserError:    # a gallery kept in a file may outlive its frames
-            right, bottom = x + self.width, y + self.height
-            self.pen.rectangle((x, y, right - 1, bottom - 1), fill="white")
-            self.text(x + 4, y + self.height // 2, "no file")
-            return
-        image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-        self.image.paste(image, (x, y))
 
 
 def draw_ranking(rows, size, height=112, shown=3):
@@ -245,6 +302,7 @@ def draw_ranking(rows, size, height=112, shown=3):
     rows = [Row(title, frames, [Found(*found) for found in ranked])    # plain tuples are as good
             for title, frames, ranked in rows]
     longest = max((len(row.ranked) for row in rows), default=0)
+    # Which streams have bars, in which colours, and the longest bar of each.
     every = [found.strips for row in rows for found in row.ranked]
     names = dict.fromkeys(name for strips in every for name in strips)
     streams = dict(zip(names, BAR_COLOURS.items(), strict=False))
@@ -257,7 +315,8 @@ def draw_ranking(rows, size, height=112, shown=3):
         sheet.cell(r, 0, row.frames, BLACK, "query")
         for place, found in enumerate(row.ranked, start=1):
             words = f"{place}.   {found.distance:.3f}"
-            sheet.cell(r, place, found.frames, colours[found.right], words, found.caption)
+            colour = colours[found.right]
+            sheet.cell(r, place, found.frames, colour, words, found.caption)
             sheet.bars(r, place, found.strips, longest_bars)
     return sheet.image
 

@@ -1,18 +1,21 @@
-"""The small prior of the offline demo: DINOv2, distilled into a network a laptop can run.
+"""The two small priors of the offline demo: networks that a laptop can train and run.
 
     python walkers.py runs/prior --seed 77 --identities 300 --tracklets 1 --cameras 99
     python -m support.priors dinov2 --data runs/prior/Train --dinov2-weights FILE
 
-Distillation (Hinton et al., 2015) trains a small network, the student, to say what a large one, the
-teacher, says, on pictures that need no labels. What the teacher has learned from 142 million
-pictures - here: which patches of an image belong together, and to what - is far more than the
-student could find out from a few hundred synthetic people; but that it can be *imitated* on such
-people by a network a two-hundredth of its size is quite another thing, and true.
+    python walkers.py runs/people --seed 78 --identities 2400 --tracklets 1 --cameras 99
+    python -m support.priors clip --data runs/people
 
-    frames (N,3,128,64)-> enlarged to 280x140 -+-> teacher, 12 blocks of 384 -> tokens of 4 levels
-                                               |     -> layer norm -> 48 principal components --+
-                       -> a spoiled view ------+-> student, 4 blocks of 32 -> tokens            loss
-                                                     -> a linear map of each level -------------+
+**dinov2: distillation** (Hinton et al., 2015). A small network, the student, learns to say what a
+large one, the teacher, says, on pictures that need no labels. What the teacher has learned from 142
+million pictures - here: which patches of an image belong together, and to what - is far more than
+the student could find out from a few hundred synthetic people; but that it can be *imitated* on
+such people by a network a two-hundredth of its size is quite another thing, and true.
+
+    frames (N,3,128,64) -+-> enlarged to 280x140 -> teacher, 12 blocks of 384 -> tokens of 4 levels
+                         |     -> layer norm -> 48 principal components ------------------+
+                         +-> a spoiled view, enlarged to 280x140                          |
+                               -> student, 4 blocks of 32 -> a linear map of each level --+-> loss
 
 Three choices make it work in minutes:
 - *Principal components.* 32 numbers cannot carry 384. The 48 directions in which the teacher's
@@ -22,18 +25,38 @@ Three choices make it work in minutes:
   contrast, blur, noise, a single channel, or inverted. What it learns to say holds for all of them,
   and so by day and by night.
 
-Each level's loss is the share of the variance that is not explained; the last line says, on frames
-that it has not trained on, what share is. They are of the same people and places, though: what
-counts is the share on walkers of another seed (tests/test_priors.py). Many places (--cameras 99) do
-more for that than more frames of a few.
+Each level's loss is the share of the variance that is not explained. What counts is that share on
+walkers of another seed (tests/test_priors.py), and many places (--cameras 99) do more for it than
+more frames of a few.
+
+**clip: contrastive language-image training** (Radford et al., 2021). Nobody says which class a
+picture is of; it comes with a sentence, and the two are to find one another. A step takes P people,
+each by day, by night, and in words (walkers.py writes what everyone wears):
+
+    visible frames  (P,3,128,64) -> image side -> visible  (P,64) --+
+    infrared frames (P,3,128,64) -> image side -> infrared (P,64) --+-> three tables (P,P) of
+    sentences (P,L) -------------> text side  -> text     (P,64) --+   cosines, row against column
+
+In each table the cosine in the diagonal, of what belongs together, is to be the largest of its row
+and of its column: cross-entropy, both ways, with a temperature that is learned. The other P - 1 are
+what it is told from; so the more people in a step, the more must be told. What no sentence says (a
+colour, a place) is of no use, and what every sentence says alike, by day and by night (a striped
+coat, a backpack), must be found in either modality: that is LSMRL's idea, before any identity is
+learned. The third table (visible against infrared) is not CLIP's: it helps where frames are few.
+
+The last line of either says how well it does on frames it has not trained on.
 
 Quick question: why not simply use the teacher in the demo? (It takes a hundred times as long. The
 student's whole forward pass costs less than the teacher's first layer.)
 
-Ours, not the papers': all of it.
+Ours, not the papers': all else.
 """
+import json
 import os
+from pathlib import PurePosixPath
+from typing import NamedTuple
 
+from support import clip
 from support.dinov2 import DINOV2, TINY, DinoVisionTransformer, levels_of, load_dinov2
 from support.files import UserError, check_writable, write_atomic
 from support.footage import find_footage, read_frame
@@ -43,11 +66,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+EACH = 6    # frames of a person in a modality, for clip
+HELD_OUT = 1 / 20    # a share of the people, to look at in the end
 COMPONENTS = 48    # principal components of a level that the student is to give
 FRAME, SEEN = (128, 64), (280, 140)    # the frames' size, and what both networks see
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]    # ImageNet's
 STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
+# ---------------------------------------------------------------- frames ----
 
 def load_frames(path, number, generator):
     """`number` frames of a folder (not the masks/ beside them), evenly taken, each cropped in its
@@ -96,6 +122,8 @@ def spoiled(frames, generator):
     noise = torch.randn(frames.shape, generator=generator)
     return (frames + drawn(0, 0.03) * noise).clamp(0, 1)
 
+
+# ---------------------------------------------------------- distillation ----
 
 def levels(dinov2, frames):
     """What SASGL reads: frames (N, 3, H, W), enlarged -> tokens (4, N, L, D) after 1/4, 2/4, 3/4
@@ -178,41 +206,163 @@ def explained(student, frames, target, variance):
     return (1 - unexplained(torch.cat(said, dim=1), target.float(), variance)).tolist()
 
 
-def command_line():
-    parser = Parser(description="Distils DINOv2 into the tiny prior of the offline demo.")
-    parser.add_argument("prior", choices=["dinov2"], help="what is distilled")
-    parser.add_argument("--data", metavar="DIR", required=True, help="a folder of frames")
-    parser.add_argument("--dinov2", metavar="NAME", help="the teacher (dinov2_vits14)")
-    parser.add_argument("--dinov2-weights", metavar="FILE", help="its tensors, not the download")
-    parser.add_argument("--out", metavar="FILE", help="where the student goes (tiny_dinov2.pt)")
-    for name, default, text in (("frames", 3200, "to learn from; a twentieth more is held out"),
-                                ("steps", 8000, "of training"), ("batch", 16, "frames of a step"),
-                                ("seed", 1, "of the student and of what it sees")):
-        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{text} ({default})")
-        parser.set_defaults(**{name: default})
-    parser.set_defaults(dinov2="dinov2_vits14", dinov2_weights=None, out="tiny_dinov2.pt")
-    return parser.parse_args()
-
-
-def main():
-    args = command_line()
-    check_writable(args.out)
+def make_dinov2(args, generator):
+    """-> the student's tensors, and how good it is."""
     held_out = max(16, args.frames // 20)
-    torch.manual_seed(args.seed)
-    generator = torch.Generator().manual_seed(args.seed)
     frames = load_frames(args.data, args.frames + held_out, generator)
     teacher = load_dinov2(args.dinov2, args.dinov2_weights)
-    order = torch.randperm(len(frames), generator=generator)
-    frames = frames[order]
+    frames = frames[torch.randperm(len(frames), generator=generator)]
     components, target = targets_of(teacher, frames)
     student = Student()
     distil(student, frames[held_out:], target[:, held_out:], components.variance, args.steps,
            args.batch, lr=3e-3, generator=generator)
     shares = explained(student, frames[:held_out], target[:, :held_out], components.variance)
-    tensors = {name: tensor.half() for name, tensor in student.vit.state_dict().items()}
+    words = f"variance explained on {held_out} frames it has not seen, by level: "
+    return student.vit.state_dict(), words + " ".join(f"{share:.2f}" for share in shares)
+
+
+# ----------------------------------------------------- language and image ----
+
+class People(NamedTuple):
+    """N people. frames: uint8 (N, 2, EACH, 3, H, W), by day and by night; words: the numbers of
+    their sentences' words (N, L); end: the places of the end tokens (N,)."""
+    frames: torch.Tensor
+    words: torch.Tensor
+    end: torch.Tensor
+
+
+def load_people(path):
+    """A folder of walkers -> People. Raises UserError."""
+    try:
+        with open(os.path.join(path, "sentences.json"), encoding="utf-8") as file:
+            sentences = json.load(file)
+    except (OSError, ValueError):
+        raise UserError(f"{path} has no sentences.json; expected a folder of walkers: draw it by "
+                        "walkers.py") from None
+    paths = {}
+    for name, frames in find_footage(os.path.join(path, "Train")).items():
+        pid, modality, _ = PurePosixPath(name).parts    # 0001/rgb/D3
+        paths.setdefault((pid, modality), []).extend(frames)
+    pids = sorted({pid for pid, _ in paths})
+    frames = torch.empty(len(pids), 2, EACH, 3, *FRAME, dtype=torch.uint8)
+    for i, pid in enumerate(progress(pids, "reading")):
+        for m, modality in enumerate(("rgb", "ir")):
+            found = paths[pid, modality]
+            for k in range(EACH):
+                frames[i, m, k] = read_frame(found[k * len(found) // EACH], FRAME)
+    words, end = clip.tokenized([sentences[str(int(pid))] for pid in pids])
+    return People(frames, words, end)
+
+
+def views(frames, generator):
+    """uint8 frames (N, 3, H, W) -> as other cameras might see them, (N, 3, H, W) in 0..1."""
+    frames = torch.stack([cropped(frame, generator) for frame in frames])
+    mirrored = torch.rand(len(frames), 1, 1, 1, generator=generator) < 0.5
+    return spoiled(torch.where(mirrored, frames.flip(3), frames), generator)
+
+
+def image_features(model, frames):
+    """Frames (N, 3, H, W) in 0..1 -> (N, dim), of length 1."""
+    return F.normalize(model.encode_image((frames - MEAN) / STD), dim=1)
+
+
+def text_features(model, words, end):
+    """words (N, L), end (N,) -> (N, dim), of length 1."""
+    return F.normalize(model.encode_text(model.token_embedding(words), end), dim=1)
+
+
+def contrastive_loss(a, b, scale):
+    """a, b (N, dim) of length 1 -> scalar: which b is each a's own, and the other way round? scale:
+    one over the temperature."""
+    table = scale * a @ b.t()
+    own = torch.arange(len(table))
+    return (F.cross_entropy(table, own) + F.cross_entropy(table.t(), own)) / 2
+
+
+def train_clip(model, people, steps, batch, lr, generator):
+    """Trains both sides: AdamW, the rate rising for a tenth of the steps, then falling along a
+    cosine."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
+    with Bar("contrasting", steps, keep=True) as bar:
+        for _ in range(steps):
+            chosen = torch.randperm(len(people.words), generator=generator)[:batch]
+            day, night = torch.randint(EACH, (2, len(chosen)), generator=generator)
+            frames = torch.cat([people.frames[chosen, 0, day], people.frames[chosen, 1, night]])
+            visible, infrared = image_features(model, views(frames, generator)).chunk(2)
+            text = text_features(model, people.words[chosen], people.end[chosen])
+            scale = model.logit_scale.exp().clamp(max=100)
+            losses = (contrastive_loss(visible, text, scale),
+                      contrastive_loss(infrared, text, scale),
+                      contrastive_loss(visible, infrared, scale))
+            optimizer.zero_grad()
+            sum(losses).backward()
+            optimizer.step()
+            schedule.step()
+            bar.update(note="loss " + " ".join(f"{loss.item():.2f}" for loss in losses))
+
+
+@torch.no_grad()
+def found_by_sentence(model, people):
+    """-> the share of people whose own sentence is the nearest of all, by day and by night."""
+    text = text_features(model, people.words, people.end)
+    shares = []
+    for modality in (0, 1):
+        image = image_features(model, people.frames[:, modality, 0] / 255)
+        nearest = (image @ text.t()).argmax(1)
+        shares.append((nearest == torch.arange(len(text))).float().mean().item())
+    return shares
+
+
+def make_clip(args, generator):
+    """-> CLIP's tensors, and how good it is."""
+    people = load_people(args.data)
+    held_out = round(HELD_OUT * len(people.words))
+    model = clip.CLIP(**clip.TINY_SIZES)
+    train_clip(model, People(*(part[held_out:] for part in people)), args.steps, args.batch,
+               lr=1e-3, generator=generator)
+    day, night = found_by_sentence(model, People(*(part[:held_out] for part in people)))
+    return model.state_dict(), (f"of {held_out} people it has not seen, the own sentence is the "
+                                f"nearest for {day:.0%} by day, {night:.0%} by night")
+
+
+# ----------------------------------------------------------- command line ----
+
+DEFAULTS = {"dinov2": {"out": "tiny_dinov2.pt", "steps": 8000, "batch": 16},
+            "clip": {"out": "tiny_clip.pt", "steps": 3000, "batch": 64}}
+
+
+def command_line():
+    parser = Parser(description="Makes the small priors of the offline demo.")
+    parser.add_argument("prior", choices=list(DEFAULTS), help="which one")
+    parser.add_argument("--data", metavar="DIR", required=True,
+                        help="dinov2: a folder of frames; clip: a folder of walkers")
+    parser.add_argument("--dinov2", metavar="NAME", help="the teacher (dinov2_vits14)")
+    parser.add_argument("--dinov2-weights", metavar="FILE", help="its tensors, not the download")
+    parser.add_argument("--frames", type=int, metavar="N",
+                        help="dinov2: to learn from; a twentieth more is held out (3200)")
+    parser.add_argument("--out", metavar="FILE", help="where it goes (tiny_PRIOR.pt)")
+    for name, text in (("steps", "of training (8000, 3000)"),
+                       ("batch", "frames or people of a step (16, 64)"),
+                       ("seed", "of the weights and of what they see (1)")):
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=text)
+    parser.set_defaults(dinov2="dinov2_vits14", dinov2_weights=None, frames=3200, seed=1)
+    args = parser.parse_args()
+    for name, default in DEFAULTS[args.prior].items():
+        setattr(args, name, getattr(args, name, default))    # absent where nobody typed it
+    return args
+
+
+def main():
+    args = command_line()
+    check_writable(args.out)
+    torch.manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
+    make = make_dinov2 if args.prior == "dinov2" else make_clip
+    tensors, words = make(args, generator)
+    tensors = {name: tensor.half() for name, tensor in tensors.items()}
     write_atomic(args.out, lambda file: torch.save(tensors, file))
-    say(f"{args.out}: {os.path.getsize(args.out) / 1000:.0f} KB; variance explained on {held_out} "
-        "frames it has not seen, by level: " + " ".join(f"{share:.2f}" for share in shares))
+    say(f"{args.out}: {os.path.getsize(args.out) / 1000:.0f} KB; {words}")
 
 
 if __name__ == "__main__":

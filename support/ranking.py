@@ -304,7 +304,7 @@ EMBEDDING = np.dtype("<f4")
 # numpy's names of the types: "<U" text, "<i", "<u", "|i", "|u" whole numbers.
 TEXT, WHOLE_NUMBERS = ("<U",), ("<i", "<u", "|i", "|u")
 # name: (how its type's name begins, number of axes after the first).
-COLUMNS = {"name": (TEXT, 0), "pid": (WHOLE_NUMBERS, 0), "camera": (TEXT, 0),
+COLUMNS = {"name": (TEXT, 0), "pid": (TEXT + WHOLE_NUMBERS, 0), "camera": (TEXT, 0),
            "modality": (TEXT, 0), "frame": (TEXT, 0), "shown": (TEXT, 1)}
 HEADS = ("model", "setting")
 LONGEST_TEXT = 2 ** 16    # characters; a path has 4,096 at most, or 32,767 on Windows

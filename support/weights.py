@@ -110,7 +110,8 @@ def read_checkpoint(path):
     if not isinstance(checkpoint, dict) or not kinds.keys() <= checkpoint.keys():
         raise UserError(f"{path} is no checkpoint of train.py; expected a dict with "
                         f"{', '.join(sorted(kinds))}; the authors' files go by --official DIR")
-    for key, kind in kinds.items():
+    checkpoint.setdefault("dataset", "")    # older ones do not say what they were trained on
+    for key, kind in {**kinds, "dataset": str}.items():
         if not isinstance(checkpoint[key], kind):
             found = in_short(repr(checkpoint[key]), 60)
             raise UserError(f"{path}: {key} is {found}; expected {kind.__name__}, as train.py "
@@ -119,7 +120,7 @@ def read_checkpoint(path):
     if not all(isinstance(name, str) for name in checkpoint["config"]) or not 0 <= epoch <= 10 ** 6:
         raise UserError(f"{path} has an unusable config or epoch; expected last.pt as train.py "
                         "wrote it")
-    if not classes or not all(type(pid) is int for pid in classes):
+    if {type(pid) for pid in classes} not in ({int}, {str}):
         raise UserError(f"{path}: classes are no list of identities; expected last.pt as train.py "
                         "wrote it")
     named_tensors(checkpoint["model"], f"{path}, model")

@@ -1,5 +1,5 @@
 """Tiny HITSZ-VCM and BUPTCampus folders on disk, valid datasets by default, with the liberties that
-the real ones take.
+the real ones take; and folders of one's own.
 
     write_hitsz(root)                      4 training identities, 6 test identities
     write_hitsz(root, layout="flat", digits=(1, 1, 1, 1))      1M2D3T1F1.jpg -> 1/rgb/D3/1.jpg
@@ -7,6 +7,7 @@ the real ones take.
                                            the last: a track under 12 frames, seen by camera 12
     write_buptcampus(root, train=pairs(range(1, 9), frames=3))
                                            8 training identities, 4 aligned pairs each
+    write_own(root, own("train", (1, 2)) | own("query", ["ann"], camera="D1/"))
 
 A picture is a coarse colour pattern of its identity (grey and drawn anew for infrared) with a
 little noise, one JPEG per frame: a few training steps on it run, what they learn means nothing.
@@ -17,6 +18,7 @@ import shutil
 from collections import Counter
 from io import BytesIO
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 from PIL import Image
@@ -172,6 +174,26 @@ def bupt_rows(tracklets):
         head = f"{t.pid} {MODE[t.modality]} {t.camera} "
         assert len(rows) == 1 and rows[0].startswith(head), (t, rows)
     return sorted(rows[0] for rows in found)
+
+
+def own(split, pids, camera="", each=2, frames=2, modalities=("visible", "infrared")):
+    """-> {folder of a track: number of frames} for write_own."""
+    return {f"{split}/{pid}/{modality}/{camera}walk{i}": frames
+            for pid in pids for modality in modalities for i in range(1, each + 1)}
+
+
+def write_own(root, tracks, size=(32, 16)):
+    """Write folders of one's own under `root` and return it as a Path. tracks: {folder below root:
+    number of frames}, see `own`."""
+    for place, frames in tracks.items():
+        folder = Path(root, place)
+        folder.mkdir(parents=True, exist_ok=True)
+        _, pid, modality, *_ = place.split("/")
+        modality = "infrared" if modality in ("infrared", "ir") else "visible"
+        for number in range(1, frames + 1):
+            content = picture(crc32(pid.encode()), modality, 1, number, size)
+            (folder / f"{number}.jpg").write_bytes(content)
+    return Path(root)
 
 
 def clone(source, target):

@@ -21,7 +21,17 @@ from lsmrl import (
     roll_patches,
     stfl,
 )
-from support.clip import CLIP, CLIP_MODELS, Attention, load_clip, read_clip
+from support.clip import (
+    CLIP,
+    CLIP_MODELS,
+    TINY_SIZES,
+    VOCABULARY,
+    Attention,
+    load_clip,
+    prompt_of,
+    read_clip,
+    tokenized,
+)
 from support.files import UserError
 from support.ranking import distances
 
@@ -30,8 +40,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-SMALL = {"patch": 8, "grid": 4, "width": 24, "depth": 3, "heads": 3, "dim": 12,
-         "text_width": 16, "text_depth": 2, "text_heads": 2}
+SMALL = {"patch": 8, "grid": (4, 4), "width": 24, "depth": 3, "heads": 3, "dim": 12,
+         "text_width": 16, "text_depth": 2, "text_heads": 2, "words": 49408}
 SHIFT = [[-4, 1, 2], [-1, 0, 3], [-2, -3, 4]]
 LABEL = torch.tensor([3, 0, 0, 3, 3, 0, 3, 0])
 MODALITY = torch.tensor([0, 0, 1, 1, 0, 1, 1, 0])
@@ -52,15 +62,15 @@ def nearly(got, want):
 
 # ------------------------------------------------- models that are quick to make ----
 
-def clip_shapes(patch, grid, width, depth, text_width, text_depth, dim, **heads):
+def clip_shapes(patch, grid, width, depth, text_width, text_depth, dim, words, **heads):
     """Names and shapes of OpenAI's file, written down from the specification."""
     shapes = {"positional_embedding": (77, text_width),
               "text_projection": (text_width, dim),
               "logit_scale": (),
-              "token_embedding.weight": (49408, text_width),
+              "token_embedding.weight": (words, text_width),
               "visual.class_embedding": (width,),
               "visual.proj": (width, dim),
-              "visual.positional_embedding": (grid ** 2 + 1, width),
+              "visual.positional_embedding": (math.prod(grid) + 1, width),
               "visual.conv1.weight": (width, 3, patch, patch)}
     norms = [("ln_final", text_width), ("visual.ln_pre", width), ("visual.ln_post", width)]
     for side, D, blocks in (("visual.", width, depth), ("", text_width, text_depth)):
@@ -87,7 +97,7 @@ def small_clip():
 
 def tiny_options(**own):
     """The paper's choices, but for a tiny CLIP on small frames, and `own`."""
-    tiny = {"clip": "tiny", "size": (32, 16), "split": (2, 1, 1), "groups": 2}
+    tiny = {"clip": "tiny-random", "size": (32, 16), "split": (2, 1, 1), "groups": 2}
     return LSMRL.Options(**tiny | own)
 
 
@@ -254,14 +264,15 @@ def test_stfl_is_clip_with_grouped_and_then_shifted_blocks():
 @torch.no_grad()
 def test_a_prompt_s_twelve_positions_give_the_text_feature_of_all_77():
     clip = small_clip()
-    prompts = lsmrl.Prompts(classes=3, token_embedding=clip.token_embedding)
+    sentence = prompt_of("ViT-B-16")
+    prompts = lsmrl.Prompts(classes=3, width=16, sentence=sentence)
     words = prompts.words.normal_()
     numbers = "49406 320 1125 539 320 343 343 343 343 2533 269 49407"
     ids = [int(number) for number in numbers.split()]
     padded = torch.tensor(ids + [0] * 65)
     whole = clip.token_embedding(padded).repeat(3, 1, 1)
     whole[:, 5:9] = words
-    assert list(lsmrl.PROMPT) == ids
+    assert sentence.tolist() == ids
     assert list(range(12))[lsmrl.SLOTS] == [5, 6, 7, 8]
     assert torch.equal(prompts(clip.token_embedding), whole[:, :12])
 
@@ -274,8 +285,24 @@ def test_a_prompt_s_twelve_positions_give_the_text_feature_of_all_77():
         close(clip.encode_text(sentences, 11), want)
 
 
+@torch.no_grad()
+def test_sentences_of_several_lengths_are_read_at_their_own_ends():
+    clip = CLIP(**TINY_SIZES)
+    sentences = ["a photo of a tall person .", "a photo of a person in a striped coat ."]
+    words, end = tokenized(sentences)
+    assert words.shape == (2, 12) and end.tolist() == [8, 11]
+    assert [VOCABULARY[number] for number in words[0]] == [
+        "<start>", *sentences[0].split(), "<end>", *["X"] * 3]
+    both = clip.encode_text(clip.token_embedding(words), end)
+    for sentence, together in zip(sentences, both, strict=True):
+        alone, [its_end] = tokenized([sentence])
+        close(clip.encode_text(clip.token_embedding(alone), its_end)[0], together)
+    slots = prompt_of("tiny")[lsmrl.SLOTS]
+    assert [VOCABULARY[number] for number in slots] == ["X"] * 4
+
+
 def test_positions_are_resized_bilinearly_and_row_0_is_kept():
-    visual = CLIP(**SMALL | {"grid": 14}).visual
+    visual = CLIP(**SMALL | {"grid": (14, 14)}).visual
     before = visual.positional_embedding.detach().normal_().clone()    # (197, 24)
     visual.resize(18, 9)
     after = visual.positional_embedding    # (163, 24)
@@ -526,7 +553,7 @@ def test_sd_starts_as_the_identity_and_learns():
     torch.testing.assert_close(alone, diffused[:1, 2:3])
 
 
-def test_cmi_attends_to_the_partner_s_frames():
+def test_cmi_attends_over_both_modalities_frames_and_averages_its_own():
     torch.manual_seed(0)
     cmi = lsmrl.CMI(dim=8, heads=2)
     tokens, partner = torch.randn(4, 3, 8), torch.tensor([2, 3, 0, 1])
@@ -536,16 +563,59 @@ def test_cmi_attends_to_the_partner_s_frames():
     # Modalities swapped: the weights are shared.
     torch.testing.assert_close(cmi(tokens[partner], partner), c[partner])
 
-    def attend(attention, x):
-        return torch_attention(attention, x, norm(block.ln_1, theirs))
-
     for b in range(4):
-        own, theirs = tokens[b][None], tokens[partner[b]][None]
-        want = literal_block(block, own, attend)
-        close(c[b], want[0].mean(0))
+        row = torch.cat([tokens[b], tokens[partner[b]]])[None]    # no order: six frames of one set
+        want = literal_block(block, row, torch_attention)
+        close(c[b], want[0, :3].mean(0))
+        close(c[partner[b]], want[0, 3:].mean(0))
     tokens[3] = torch.randn(3, 8)
     moved = (cmi(tokens, partner) - c).abs().amax(1) > 1e-3
     assert moved.tolist() == [False, True, False, True]
+
+
+# ---------------------------------------------------------- what it reads ----
+
+@torch.no_grad()
+def test_the_shares_that_pictures_show_are_those_that_attention_uses():
+    attention = Attention(8, 1)
+    x, context = torch.randn(3, 4, 8), torch.randn(3, 5, 8)
+    shares = attention.weights(x, context)
+    values = F.linear(context, attention.in_proj_weight[16:], attention.in_proj_bias[16:])
+    close(attention.out_proj(shares @ values), attention(x, context))
+    several = Attention(8, 4).weights(x, context)    # the heads' mean
+    assert several.shape == (3, 4, 5) and (several > 0).all()
+    close(several.sum(2), torch.ones(3, 4))
+
+
+@torch.no_grad()
+def test_a_frame_s_token_looks_at_patches_and_a_tracklet_reads_sentences():
+    model = small_model().eval()
+    look, reads = model.reading(FRAMES)
+    assert look.shape == (8, 3, 4, 2) and reads.shape == (8, 4)
+    close(reads.sum(1), torch.ones(8))
+    assert (look > 0).all() and (look.sum((1, 2, 3)) < 3).all()    # the rest is the token itself
+    tokens, _ = lsmrl.looks(model.clip.visual, FRAMES, split=(2, 1, 1), groups=2)
+    assert torch.equal(tokens, stfl(model.clip.visual, FRAMES, split=(2, 1, 1), groups=2))
+    assert small_model(sd=False, split=(2, 2, 0)).reading(FRAMES) == (None, None)
+
+
+@torch.no_grad()
+def test_what_a_shifted_block_looks_at_is_shown_where_it_comes_from():
+    """Each share goes back to the frame that its patch came from."""
+    visual = small_clip().visual
+    frames, split = torch.randn(2, 5, 3, 32, 16), (0, 0, 3)
+    _, look = lsmrl.looks(visual, frames, split=split, groups=1)
+    seen = []
+    last = visual.transformer.resblocks[-1].attn
+    hook = last.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    stfl(visual, frames, split=split, groups=1)
+    hook.remove()
+    shares = last.weights(seen[0][:, :1], seen[0])[:, 0, 1:].view(2, 5, 4, 2)
+    for row in range(4):
+        for column in range(2):
+            shift = SHIFT[row % 3][column % 3]
+            for t in range(5):
+                close(look[:, (t - shift) % 5, row, column], shares[:, t, row, column])
 
 
 def test_partners_are_the_kth_of_each_modality():
@@ -563,6 +633,16 @@ def test_partners_are_the_kth_of_each_modality():
 
 def triplet_loss(x, label, modality):
     return lsmrl.weighted_triplet_loss(x, label)
+
+
+def test_the_losses_after_vld_give_the_numbers_of_its_code():
+    """What VLD's published classes (TripletLoss_WRT; CrossEntropyLoss of features @ text.t())
+    printed for these inputs, in float32."""
+    x = torch.tensor([[(3 * i + 5 * j) % 7 - 3 for j in range(4)] for i in range(8)]) / 4
+    text = torch.tensor([[(2 * i + 3 * j) % 5 - 2 for j in range(4)] for i in range(4)]) / 2
+    triplet, sentences = lsmrl.weighted_triplet_loss(x, LABEL), lsmrl.text_loss(x, text, LABEL)
+    assert triplet.item() == pytest.approx(0.890695, abs=2e-6)
+    assert sentences.item() == pytest.approx(1.941103, abs=2e-6)
 
 
 def test_the_triplet_loss_by_hand():
@@ -765,8 +845,8 @@ def test_the_defaults_are_the_specification_s():
 
 
 def test_a_run_of_the_paper_s_preset_is_the_specification_s():
-    from train import config_class
-    method, configuration = config_class("lsmrl")
+    from train import method_and_config
+    method, configuration = method_and_config("lsmrl")
     assert method is LSMRL
     config = configuration(method="lsmrl")
     wanted = {"identities": 4, "tracklets": 4, "frames": 6, "steps": 200, "epochs": 24,
@@ -815,11 +895,12 @@ def test_the_choices_reach_the_model():
 
 
 def test_the_rate_warms_up_and_then_follows_a_cosine():
-    from train import config_class, learning_rate_factor
-    _, configuration = config_class("lsmrl")
-    factor = learning_rate_factor(configuration(method="lsmrl"))
-    assert [factor(epoch) for epoch in range(4)] == pytest.approx([0.01, 0.34, 0.67, 1])
+    from train import learning_rate_factor, method_and_config
+    _, configuration = method_and_config("lsmrl")
+    config = configuration(method="lsmrl")
+    first = [learning_rate_factor(config, epoch) for epoch in range(4)]
+    assert first == pytest.approx([0.01, 0.34, 0.67, 1])
     for epoch in range(3, 30):
         past = min(1, (epoch - 3) / 21)
         want = 0.01 + 0.99 * math.cos(math.pi / 2 * past) ** 2
-        assert factor(epoch) == pytest.approx(want)
+        assert learning_rate_factor(config, epoch) == pytest.approx(want)

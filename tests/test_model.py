@@ -114,7 +114,7 @@ def test_the_streams_of_an_embedding_are_those_it_was_made_of(switches):
 
 
 def test_the_narrowest_strips_of_each_stream_are_named():
-    """Of 1 + 2 + 4 + 8 + 16 parts and 4 refined ones, twice: the last 16 before the refined ones."""
+    """Of 1 + 2 + 4 + 8 + 16 parts and 4 refined ones, twice: the 16 before the refined ones."""
     strips = small_model().strips_of(torch.arange(70.0))
     assert {name: values.tolist() for name, values in strips.items()} == {
         "gait": list(range(15, 31)), "appearance": list(range(50, 66))}

@@ -86,21 +86,24 @@ def test_a_bar_for_each_strip_of_each_stream(frames):
     near = {"gait": torch.tensor([1.0, 0.0]), "appearance": torch.tensor([5.0, 5.0])}
     far = {"gait": torch.tensor([2.0, 4.0]), "appearance": torch.tensor([10.0, 0.0])}
     ranked = [Found("near", frames, 0.5, None, near), Found("far", frames, 0.7, None, far)]
-    sheet = np.asarray(draw_ranking([Row("title", frames, ranked)], (16, 8), height=64))
-    plain = np.asarray(draw_ranking([Row("title", frames, [f[:4] for f in ranked])], (16, 8),
-                                    height=64))
+    barless = [found[:4] for found in ranked]
+    sheet, plain = (np.asarray(draw_ranking([Row("title", frames, row)], (16, 8), height=64))
+                    for row in (ranked, barless))
     assert sheet.shape[1] - plain.shape[1] == 3 * 2 * RankingSheet.BARS
+    # The upper and the lower strip's bars, as shares of the full length, tracklet by tracklet.
     y = 10 + 18 + 4
     full = RankingSheet.BARS - 4
     wanted = {y + 8: {"blue": (1 / 4, 2 / 4), "orange": (5 / 10, 1)},
               y + 40: {"blue": (0, 1), "orange": (5 / 10, 0)}}
     for row, streams in wanted.items():
         for colour, shares in streams.items():
-            is_bar = is_colour(sheet[row], ImageColor.getrgb(BAR_COLOURS[colour]))
+            rgb = ImageColor.getrgb(BAR_COLOURS[colour])
+            is_bar = is_colour(sheet[row], rgb)
             starts = np.flatnonzero(is_bar[1:] & ~is_bar[:-1])
             ends = np.flatnonzero(is_bar[:-1] & ~is_bar[1:])
             # A bar of no length is a line of one pixel.
-            assert (ends - starts - 1).tolist() == [full * share for share in shares]
+            lengths = ends - starts - 1
+            assert lengths.tolist() == [full * share for share in shares]
 
 
 def test_any_name_of_a_file_is_drawn(frames):

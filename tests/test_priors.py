@@ -1,23 +1,38 @@
-"""The distilled prior: what is shipped, and how it is made, from a teacher at hand."""
+"""The two priors: what is shipped, and how they are made, from a teacher at hand or from none."""
 import hashlib
+import math
 import os
 
-from support import dinov2, priors
+import walkers as drawing
+from support import clip, dinov2, priors
 from support.dinov2 import RANDOM, TINY, load_dinov2
 from support.files import UserError
-from support.priors import Components, enlarged, levels, spoiled, unexplained
+from support.footage import picture
+from support.pedestrian import describe
+from support.priors import (
+    FRAME,
+    Components,
+    contrastive_loss,
+    enlarged,
+    image_features,
+    levels,
+    spoiled,
+    text_features,
+    unexplained,
+)
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 LEAST_EXPLAINED = 0.73
-DIGEST = "814e5d2d11cc1f09f4df14e62a8aa2e4b74096660bc2a1c3a224ae7999ed7243"
+DINOV2_DIGEST = "814e5d2d11cc1f09f4df14e62a8aa2e4b74096660bc2a1c3a224ae7999ed7243"
 
 
 def test_the_shipped_prior_is_this_one_and_no_random_one():
     with open(dinov2.TINY_FILE, "rb") as file:
         content = file.read()
-    assert hashlib.sha256(content).hexdigest() == DIGEST and len(content) < 300_000
+    assert hashlib.sha256(content).hexdigest() == DINOV2_DIGEST and len(content) < 300_000
     shipped, random = load_dinov2(TINY).state_dict(), load_dinov2(RANDOM).state_dict()
     assert shipped.keys() == random.keys()
     assert all(tensor.dtype == torch.float32 for tensor in shipped.values())
@@ -83,3 +98,86 @@ def test_too_few_frames_are_refused(walkers, monkeypatch, tmp_path):
                                      "--out", str(tmp_path / "x.pt"), "--frames", "100000"])
     with pytest.raises(UserError, match="frames under .* expected 105000"):
         priors.main()
+
+
+# ------------------------------------------------------------------ clip ----
+
+CLIP_DIGEST = "?"
+
+
+def test_the_shipped_clip_is_this_one_and_no_random_one():
+    with open(clip.TINY_FILE, "rb") as file:
+        content = file.read()
+    assert hashlib.sha256(content).hexdigest() == CLIP_DIGEST and len(content) < 700_000
+    shipped = clip.load_clip("tiny")
+    again, random = clip.load_clip("tiny"), clip.load_clip("tiny-random")
+    for name, tensor in shipped.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]) and tensor.dtype == torch.float32
+    assert not torch.allclose(shipped.visual.proj, random.visual.proj, atol=0.01)
+
+
+def photographs(pids, modality):
+    """One frame of each of those people of the demo's seed -> (N, 3, 128, 64) in 0..1."""
+    frames = []
+    for pid in pids:
+        camera = drawing.make_camera(0, 1 + pid % 6, 6, FRAME[0])
+        rng = torch.Generator().manual_seed(pid)
+        numbers = drawing.np.random.default_rng(torch.randint(10 ** 6, (1,), generator=rng).item())
+        paint = drawing.make_paint(0, pid, modality)
+        walker = drawing.make_walker(0, pid)
+        [(frame, _)] = drawing.draw_tracklet(numbers, walker, paint, camera, modality, 1)
+        frames.append(picture(frame, FRAME))
+    return torch.stack(frames) / 255
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("modality", ["visible", "infrared"])
+def test_the_shipped_clip_knows_the_words_of_strangers(modality):
+    """Of the sentences of 8 people that it has not seen, it finds the right one, by day and by
+    night: chance is 1 in 8."""
+    model, right = clip.load_clip("tiny"), 0
+    for first in range(1, 65, 8):
+        pids = range(first, first + 8)
+        sentences = [describe(drawing.make_walker(0, pid)) for pid in pids]
+        text = text_features(model, *clip.tokenized(sentences))
+        image = image_features(model, photographs(pids, modality))
+        right += ((image @ text.t()).argmax(1) == torch.arange(8)).sum().item()
+    assert right / 64 > 0.5
+
+
+def test_the_contrastive_loss_by_hand():
+    a, b = torch.eye(3), torch.eye(3)[[0, 2, 1]]    # the first finds its own, the others do not
+    own, other = math.log(math.e ** 2 + 2), math.log(math.e ** 2 + 2)
+    wanted = (own - 2 + 2 * other) / 3
+    assert contrastive_loss(a, b, 2.0).item() == pytest.approx(wanted)
+    rows, columns = F.normalize(torch.randn(4, 5), dim=1), F.normalize(torch.randn(4, 5), dim=1)
+    got, swapped = contrastive_loss(rows, columns, 3.0), contrastive_loss(columns, rows, 3.0)
+    torch.testing.assert_close(got, swapped)
+
+
+def test_contrasting_finds_more_and_leaves_a_file_that_loads(walkers, tmp_path, monkeypatch):
+    monkeypatch.setattr(priors, "FRAME", (64, 32))
+    sizes = {**clip.TINY_SIZES, "grid": (8, 4)}
+    monkeypatch.setattr(clip, "TINY_SIZES", sizes)
+    monkeypatch.setattr(clip, "CLIP_MODELS", {"tiny": sizes})
+    out = tmp_path / "tiny.pt"
+    monkeypatch.setattr(clip, "TINY_FILE", str(out))
+    monkeypatch.setattr(priors, "HELD_OUT", 0.25)
+    people, losses = priors.load_people(str(walkers)), []
+    assert people.frames.shape == (4, 2, priors.EACH, 3, 64, 32)
+    for steps in (1, 60):
+        words = ["priors", "clip", "--data", str(walkers), "--out", str(out), "--steps", str(steps),
+                 "--batch", "3"]
+        monkeypatch.setattr("sys.argv", words)
+        priors.main()
+        model = clip.load_clip("tiny")
+        text = text_features(model, people.words[1:], people.end[1:])
+        images = [image_features(model, people.frames[1:, m, k] / 255)
+                  for m in (0, 1) for k in range(priors.EACH)]
+        losses.append(sum(contrastive_loss(image, text, 10.0).item() for image in images) / 12)
+    assert losses[1] < losses[0] - 0.3
+
+
+def test_people_without_sentences_are_refused(walkers, tmp_path):
+    with pytest.raises(UserError, match="no sentences.json; expected a folder of walkers"):
+        priors.load_people(str(walkers / "Train"))

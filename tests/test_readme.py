@@ -2,9 +2,12 @@
 import ast
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from scripts import ROOT, TINY, TINY_LSMRL, fails, here, run, together
+from support.footage import find_footage, read_frame
 
 import pytest
 
@@ -95,6 +98,39 @@ def test_the_search_page_s_commands_are_known(tmp_path):
     command[checkpoint] = tmp_path / "no-run"
     command[command.index("--save") + 1] = tmp_path / "day.npz"
     fails(here(*command), "no file", "no-run")
+
+
+STAND_IN = """
+import numpy as np
+import torch
+from types import SimpleNamespace as Any
+
+
+class YOLO:
+    def __init__(self, name):
+        pass
+
+    def track(self, video, **how):
+        red = np.zeros((100, 80, 3), np.uint8)
+        red[:, :, 2] = 200    # BGR
+        boxes = torch.tensor([[4.0, 5, 34, 95], [40, 5, 70, 35]])    # the second is too small
+        yield Any(orig_img=red, boxes=Any(xyxy=boxes[:0], id=None))
+        for _ in range(3):
+            yield Any(orig_img=red, boxes=Any(xyxy=boxes, id=torch.tensor([7.0, 8.0])))
+"""
+
+
+def test_the_script_that_cuts_a_video_writes_what_the_search_reads(tmp_path):
+    """With a stand-in for ultralytics, whose detector is not at hand."""
+    [script] = re.findall(r"```python\n(.*?)```", DOCS["footage.md"], re.S)
+    (tmp_path / "cut.py").write_text(script)
+    (tmp_path / "ultralytics.py").write_text(STAND_IN)
+    out = tmp_path / "night"
+    subprocess.run([sys.executable, "cut.py", "night.mp4", out], cwd=tmp_path, check=True)
+    [(name, frames)] = find_footage(str(out)).items()
+    assert name == "00007" and len(frames) == 3
+    red, green, _ = read_frame(frames[0], (90, 30)).float().mean((1, 2))
+    assert red > 150 and green < 50
 
 
 # ------------------------------------------------------------ how it reads ----

@@ -85,7 +85,7 @@ def test_a_closed_standard_error_ends_no_run(walkers, tmp_path):
     for path in (tmp_path / "run").iterdir():
         assert b"frames/s" not in path.read_bytes(), path
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["data"] == str(walkers)
+    assert config["data"] == [str(walkers)]
 
 
 @posix

@@ -117,7 +117,7 @@ def test_a_run_leaves_what_it_promises(trained):
     assert line["rank-1"].keys() == line["mAP"].keys() == DIRECTIONS
     checkpoint = tensors_of(folder)
     assert checkpoint.keys() == {"model", "optimizer", "scaler", "epoch", "config", "classes",
-                                 "method", "random"}
+                                 "method", "dataset", "random"}
     assert checkpoint["classes"] == [1, 2, 3, 4] and checkpoint["epoch"] == 1
 
 
@@ -469,8 +469,8 @@ def nothing_begins(monkeypatch):
     def begun(*_, **__):
         raise AssertionError("work was begun")
 
-    for name in ("data.read_frame", "train.load_dataset", "train.build", "walkers.make_walkers",
-                 "evaluate.load_dataset", "evaluate.find_footage", "evaluate.read_frame",
+    for name in ("data.read_frame", "train.load_datasets", "train.build", "walkers.make_walkers",
+                 "evaluate.load_datasets", "evaluate.find_footage", "evaluate.read_frame",
                  "evaluate.load_run", "evaluate.load_authors_files", "torch.hub.load",
                  "torch.hub.load_state_dict_from_url", "torch.hub.download_url_to_file"):
         monkeypatch.setattr(name, begun)

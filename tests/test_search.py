@@ -227,7 +227,8 @@ def test_control_characters_in_names_reach_no_terminal(ask, tmp_path):
         result = succeeds(ask(*query, *given))
         lines = result.stdout.splitlines()
         assert all(line.isprintable() for line in lines), lines
-        assert len(lines) == ("--save" in given) + 4 * (1 + 4)    # a title, and four places
+        # What was saved, what it was trained on; a title, and four places.
+        assert len(lines) == ("--save" in given) + 1 + 4 * (1 + 4)
         assert len(re.findall(r"^\s+1 ", result.stdout, re.M)) == 4
         assert r"a\x1b[2J" in result.stdout and r"d\u202e" in result.stdout
         assert file.read_text().isascii() and "\x1b" not in file.read_text()

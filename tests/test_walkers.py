@@ -11,6 +11,7 @@ from pathlib import Path
 
 import walkers
 from support import pedestrian
+from support.clip import VOCABULARY
 from support.files import UserError
 from support.options import cli
 
@@ -484,3 +485,16 @@ def test_other_bad_input_without_a_process_of_its_own(tmp_path, monkeypatch, cap
     assert (stop.value.code, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1 and words in err
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_everyone_comes_with_a_sentence_in_words_that_the_tiny_clip_knows(small):
+    def sentence_of(seed, pid, uniform=False):
+        return pedestrian.describe(walkers.make_walker(seed, pid, uniform))
+
+    sentences = json.loads((small / "sentences.json").read_text())
+    assert sentences == {str(pid): sentence_of(0, pid) for pid in range(1, 5)}
+    spoken = {word for pid in range(1, 400) for word in sentence_of(5, pid).split()}
+    assert spoken == set(VOCABULARY[3:])    # all but "X", "<start>" and "<end>"
+    for pid in range(1, 50):
+        dressed = sentence_of(5, pid, uniform=True)
+        assert "person in a banded jacket and plain trousers with a cap ." in dressed
