@@ -9,8 +9,8 @@ visible and infrared video towards it:
     Prompts (C,4,512) -> "A photo of a X X X X person." -> CLIP's text side, frozen
        -> text (C,512), kept as the bank
     tokens -> SD: + cross-attention over text (at test: over the bank) -> tokens
-       -> CMI, in training: a tracklet's frames attend to its partner's -> c (B,768)
-       -> mean over T -> z (B,768) -> CLIP's projection -> f (B,512)
+       --+-- mean over T -> z (B,768) -> CLIP's projection -> f (B,512)
+         +-- CMI, in training: with the partner's tokens in one row -> c (B,768)
     test:  embed()   -> side_by_side(z, f) (B,1,1280), each L2-normalised
     train: forward() -> named losses of z, f and c
 
@@ -27,16 +27,17 @@ ECCV 2022), action recognition.
 - [after VLD] ViT-B/16 at 288x144, positions resized bilinearly; classifiers, soft-margin weighted
   triplets; z and f side by side at test; video-to-text cross-entropy times 0.08 on plain dot
   products; the optimizer and its schedule. [after CLIP-ReID] four words per identity.
-- [after TPS] the patch shift and its table. [after X-ReID] CMI in training only.
+- [after TPS] the patch shift and its table. [after X-ReID] CMI in training only, over both
+  modalities' tokens in one row, and the consistency loss.
 
 Quick question: why does SD read a bank of all training identities' sentences, and not the person's
 own? (At test nobody knows the person, so there is no sentence of theirs. The bank is a vocabulary;
 a stranger is described in the words of others.)
 
 Ours, not the paper's: all that is marked [ours] below: the 8/2/2 split; the form of the grouped
-attention; SD's bank and its zero-initialised output; that CMI pairs tracklets, its losses and the
-consistency term; both modality losses' formulas and weights; ImageNet's mean and deviation as in
-the rest of the house; `tiny`, the small preset, the ablation switches.
+attention; SD's bank and its zero-initialised output; that CMI pairs tracklets, and its losses; both
+modality losses' formulas and weights; ImageNet's mean and deviation as in the rest of the house;
+the small preset, the ablation switches; what pictures show.
 """
 import math
 from dataclasses import dataclass
@@ -52,8 +53,8 @@ from torch import nn
 
 # ------------------------------------------------------------------ STFL ----
 
-# Patch (r, c) is rolled by SHIFT[r % 3][c % 3] frames: every 3x3 neighbourhood sees nine moments.
-# [after TPS]
+# Patch (r, c) is rolled by SHIFT[r % 3][c % 3] frames, modulo T: from T = 9 on, every 3x3
+# neighbourhood sees nine moments. [after TPS]
 SHIFT = torch.tensor([[-4, 1, 2], [-1, 0, 3], [-2, -3, 4]])
 
 
@@ -245,10 +246,10 @@ def weighted_triplet_loss(x, label):
     x = x.float()
     distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
     same = label[:, None] == label
-    far = distance.masked_fill(~same, -torch.inf).softmax(1)
-    near = (-distance).masked_fill(same, -torch.inf).softmax(1)
-    positive = (far * distance).sum(1)
-    negative = (near * distance).sum(1)
+    far_weight = distance.masked_fill(~same, -torch.inf).softmax(1)
+    near_weight = (-distance).masked_fill(same, -torch.inf).softmax(1)
+    positive = (far_weight * distance).sum(1)
+    negative = (near_weight * distance).sum(1)
     return F.softplus(positive - negative).mean()
 
 
@@ -265,7 +266,7 @@ def contrast_loss(x, label, modality, temperature=0.1):
     other = modality[:, None] != modality
     logits = (x @ x.t() / temperature).masked_fill(~other, -torch.inf)
     positive = (label[:, None] == label) & other
-    share = logits.log_softmax(1).masked_fill(~positive, 0)    # never 0 * -inf
+    share = logits.log_softmax(1).masked_fill(~positive, 0)    # 0 * -inf would be NaN
     return -(share.sum(1) / positive.sum(1)).mean()
 
 
@@ -284,7 +285,7 @@ def centre_loss(x, label, modality):
 
 def consistency_loss(z, c):
     """z (B, D), c (B, D) -> scalar: their squared distance, each of length 1. z is drawn to c, not
-    c to z: c exists in training only and must leave its knowledge behind. [ours]"""
+    c to z: c exists in training only and must leave its knowledge behind. [after X-ReID]"""
     apart = F.normalize(z, dim=1) - F.normalize(c.detach(), dim=1)
     return apart.square().sum(1).mean()
 
@@ -313,9 +314,9 @@ class Options:
         (288, 144), "height and width of the frames, multiples of the patch",
         least=1, most=4096, group="data")
     boost: float = option(
-        25.0, "factor on the rate of classifiers, prompts and biases; lower it with --clip tiny, "
-        "whose own weights are new as well", least=0, most=10_000)
-    clip: str = option("ViT-B-16", "ViT-B-16, or tiny: random, offline")
+        25.0, "factor on the rate of classifiers, prompts and biases; lower it with --clip "
+        "tiny-random, whose own weights are new as well", least=0, most=10_000)
+    clip: str = option("ViT-B-16", "ViT-B-16; tiny: offline, for walkers; tiny-random: not trained")
     clip_weights: str = option("", "local copy of OpenAI's ViT-B-16.pt, instead of the download")
     split: tuple = option(
         (8, 2, 2), "blocks read as basic, grouped, patch-shift encoders; 12 0 0 is plain CLIP",
@@ -335,11 +336,13 @@ class Options:
         1.0, "weight of the pull of z towards CMI's c; 0 leaves CMI its own identity losses",
         least=0, most=10_000)
 
-    # A laptop's CPU, minutes: a tiny random CLIP. It has all to learn, and the modality gap last of
-    # all: a high rate, many short steps of many identities, a heavier contrast.
-    small = {"epochs": 20, "steps": 120, "identities": 16, "tracklets": 2, "frames": 2, "lr": 3e-3,
-             "boost": 3.0, "warmup_epochs": 1, "size": (64, 32), "workers": 0, "erase": 0.0,
-             "clip": "tiny", "split": (2, 1, 1), "groups": 4, "contrast": 3.0}
+    # A laptop's CPU, minutes: a tiny CLIP that has learned to tell walkers by their words. What it
+    # knows is not to be forgotten: few steps, a low rate for its weights, a high one for what is
+    # new.
+    small = {"epochs": 4, "steps": 60, "identities": 16, "tracklets": 1, "frames": 2,
+             "test_frames": 8, "evaluate_every": 2, "lr": 1e-4, "warmup_epochs": 1,
+             "size": (128, 64), "workers": 0, "erase": 0.0, "clip": "tiny", "split": (2, 1, 1),
+             "groups": 4, "contrast": 3.0}
 
     def check(self):
         """Raises UserError for a configuration that cannot work."""
@@ -353,7 +356,7 @@ class Options:
             raise UserError(f"--split {as_typed(self.split)}; expected three numbers that add up "
                             f"to the {depth} blocks of {self.clip}")
         rows = height // patch
-        _, grouped, _ = self.split
+        _, grouped, _ = self.split    # three numbers: see check_ranges
         if grouped and rows % self.groups:
             raise UserError(f"--groups {self.groups}; expected a divisor of the {rows} rows of "
                             "patches")
@@ -396,8 +399,8 @@ class LSMRL(nn.Module):
         self.heads["f"] = classifier(text_dim, classes)
         if config.cmi:
             self.heads["cmi"] = classifier(dim, classes)
-        for _, linear in self.heads.values():
-            nn.init.normal_(linear.weight, std=0.001)
+        for head in self.heads.values():
+            nn.init.normal_(head[1].weight, std=0.001)
         if pretrained:    # the bank is filled, should it be evaluated before its first step
             with torch.no_grad():
                 self.bank.copy_(self.text_features())
@@ -423,7 +426,7 @@ class LSMRL(nn.Module):
         return tokens.mean(1)
 
     def embed(self, frames, modality):
-        """frames (B, T, 3, H, W), modality (B,) not used: words know none -> (B, 1, D + d)
+        """frames (B, T, 3, H, W), modality (B,), not used -> (B, 1, D + d)
         float32, z and f of length 1 each."""
         _, z, f = self.features(frames, self.bank)
         return side_by_side(z, f)[:, None]
@@ -449,19 +452,19 @@ class LSMRL(nn.Module):
         """Training step: -> named losses (weighted: the total is their sum), and what the progress
         bar shows."""
         modality = modality.to(label.device, non_blocking=True)
-        text = None
+        text = None    # if SD is off and the text loss too, nobody reads it
         if self.sd is not None or self.config.text:
             text = self.text_features().float()
             self.bank.copy_(text.detach())
         tokens, z, f = self.features(frames, text)
         streams = {"z": z, "f": f}
-        if self.cmi is not None:
+        if self.cmi is not None:    # under its name: c
             streams["cmi"] = self.cmi(tokens, partners(modality, label)).float()
 
         # Tracklets are compared with those of all processes.
         streams = {name: gathered(x) for name, x in streams.items()}
         modality, label = gathered(modality), gathered(label)
-        # Small, and sums of exponentials: float32.
+        # Cheap, and softmaxes lose too much in bfloat16.
         with torch.autocast(frames.device.type, enabled=False):
             losses, shown = self.identity_losses(streams, label)
             losses |= self.losses_of(streams, text, label, modality)
@@ -504,7 +507,7 @@ class LSMRL(nn.Module):
         for name, parameter in self.named_parameters():
             if not parameter.requires_grad:
                 continue
-            # As in VLD; SD's and CMI's layers are new too, but SD starts as nothing at any rate.
+            # As in VLD. SD's and CMI's layers, though new, learn at CLIP's rate.
             is_classifier = name.startswith("heads.") and parameter.ndim == 2
             is_boosted = is_classifier or name == "prompts.words"
             if is_boosted or name.endswith("bias"):

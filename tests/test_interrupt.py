@@ -87,7 +87,7 @@ KILLS = [
     ({"at": "step", "number": 5}, 1),
     # While the checkpoint is written: in its beginning, in its midst, and when it is whole.
     ({"at": "byte", "file": "last.pt", "number": 1, "byte": 10}, 1),
-    ({"at": "byte", "file": "last.pt", "number": 1, "byte": 5_000_000}, 1),
+    ({"at": "byte", "file": "last.pt", "number": 1, "byte": 2_000_000}, 1),
     ({"at": "replace", "file": "last.pt", "number": 1}, 1),
     # The log already has the second epoch, the checkpoint not.
     ({"at": "open", "file": "last.pt", "number": 1}, 1),

@@ -1,6 +1,7 @@
 """What the README and docs/ say, held to; and how the code reads, in numbers."""
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -26,7 +27,7 @@ def test_ci_runs_the_readme_s_test_command():
 
 def test_the_pages_are_short():
     assert len(README.encode()) <= 14 * 1024
-    assert len(DOCS) == 7 and all(len(text.encode()) < 8 * 1024 for text in DOCS.values())
+    assert len(DOCS) == 8 and all(len(text.encode()) < 8 * 1024 for text in DOCS.values())
 
 
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{name}" for name in DOCS)]
@@ -98,6 +99,18 @@ def test_the_search_page_s_commands_are_known(tmp_path):
     command[checkpoint] = tmp_path / "no-run"
     command[command.index("--save") + 1] = tmp_path / "day.npz"
     fails(here(*command), "no file", "no-run")
+
+
+def test_what_stfl_costs_is_what_the_page_says(tmp_path):
+    [script] = re.findall(r"```python\n(.*?)```", DOCS["lsmrl.md"], re.S)
+    (tmp_path / "cost.py").write_text(script)
+    ended = subprocess.run([sys.executable, tmp_path / "cost.py"], capture_output=True, text=True,
+                           env={**os.environ, "PYTHONPATH": str(ROOT)})
+    counted = re.findall(r"^(.+?) +([\d.]+) M +([\d.]+) GFLOP$", ended.stdout, re.M)
+    assert len(counted) == 5, ended.stderr
+    for name, parameters, gflop in counted:
+        row = re.search(rf"^\| {name}.*", DOCS["lsmrl.md"], re.M)[0]
+        assert f"{gflop}" in row and (f"{parameters} M" in row or parameters == "0.0"), row
 
 
 STAND_IN = """
