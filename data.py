@@ -63,8 +63,8 @@ DIRECTIONS = ("infrared->visible", "visible->infrared")    # query -> gallery
 @dataclass(frozen=True)
 class Tracklet:
     """One person before one camera: paths of its frames in order ("clip.gif#3": the picture of that
-    number, from 0, of an animated file). pid: a number or a name, all of a dataset alike. camera:
-    "" where it is not known. modality: "visible" or "infrared"."""
+    number, from 0, of an animated file). pid: a number below 10^9 or a name, all of a split (train,
+    test) alike. camera: "" where it is not known. modality: "visible" or "infrared"."""
     frames: tuple
     pid: int | str
     camera: str
@@ -340,9 +340,11 @@ def read_own(root, auxiliary):
     it has no such set."""
     dataset = Dataset(os.path.basename(os.path.abspath(root)), root)
     people = {split: own_people(dataset, split) for split in OWN_SPLITS}
-    pids = as_pids({os.path.basename(person) for split in OWN_SPLITS for person in people[split]})
+    # Apart: what the people of the test are called changes nothing of a run's training.
+    of_test = as_pids(people["query"] + people["gallery"])
+    pids = {"train": as_pids(people["train"]), "query": of_test, "gallery": of_test}
     train, query, gallery = ([tracklet for person in people[split]
-                              for tracklet in own_tracklets(dataset, person, pids)]
+                              for tracklet in own_tracklets(dataset, person, pids[split])]
                              for split in OWN_SPLITS)
     dataset.train = train
     if bool(query) != bool(gallery):
@@ -373,9 +375,10 @@ def own_people(dataset, split):
     return people
 
 
-def as_pids(names):
-    """Folders' names -> {name: pid}: numbers if all are below 10^9 and none comes twice (7, 007),
-    else the names."""
+def as_pids(people):
+    """Folders of people -> {name: pid}: numbers if all are below 10^9 and none comes twice (7,
+    007), else the names."""
+    names = {os.path.basename(person) for person in people}
     numbers = {name: int(name) for name in names if re.fullmatch("[0-9]{1,9}", name)}
     are_numbers = len(set(numbers.values())) == len(names)
     return numbers if are_numbers else {name: name for name in names}
@@ -504,24 +507,49 @@ def fault_of(dataset):
         return f"{type(dataset).__name__}; expected the Dataset of data.py"
     if not isinstance(dataset.name, str) or not isinstance(dataset.root, (str, os.PathLike)):
         return f"name {dataset.name!r} and root {dataset.root!r}; expected text"
+    if dataset.frame_rule not in list(FRAME_RULES):
+        return (f"frame_rule {in_short(repr(dataset.frame_rule))}; expected one of "
+                f"{', '.join(FRAME_RULES)}")
+    for name in ("train", "test", "missing", "problems", "notes"):
+        found = getattr(dataset, name)
+        if not isinstance(found, list):
+            return f"{name} {in_short(repr(found))}; expected a list"
+    for text in dataset.missing + dataset.problems + dataset.notes:
+        if not isinstance(text, str):
+            return f"{in_short(repr(text))} as missing, a problem or a note; expected text"
     tracklets = dataset.train + dataset.test
     for t in tracklets:
         if not isinstance(t, Tracklet):
             return f"{in_short(repr(t))} as a tracklet; expected a Tracklet"
         are_texts = all(type(text) is str for text in (t.camera, *t.frames))
         is_whole = t.frames and are_texts and t.modality in MODALITIES
-        if not is_whole or type(t.frames) is not tuple or type(t.pid) not in (int, str):
+        if not is_whole or type(t.frames) is not tuple or not is_pid(t.pid):
             return (f"a tracklet of {t.pid!r}, {t.camera!r}, {t.modality!r} and the frames "
-                    f"{in_short(repr(t.frames))}; expected pid: a number or a name, camera: text, "
-                    f"modality: {' or '.join(MODALITIES)}, frames: a tuple of paths as text")
-    if len({type(t.pid) for t in tracklets}) > 1:
-        return "some pids as numbers and some as names; expected all alike"
-    places = [place for pair in dataset.directions.values() for side in pair for place in side]
-    is_ranked = not dataset.test or set(dataset.directions) == set(DIRECTIONS)
-    if not is_ranked or not set(places) <= set(range(len(dataset.test))):
+                    f"{in_short(repr(t.frames))}; expected pid: a number below 10^9 or a name, "
+                    f"camera: text, modality: {' or '.join(MODALITIES)}, frames: a tuple of paths "
+                    "as text")
+    for split in (dataset.train, dataset.test):
+        if len({type(t.pid) for t in split}) > 1:
+            return "some pids as numbers and some as names; expected all of a split alike"
+    if not are_directions(dataset.directions, len(dataset.test)):
         return ("directions that do not belong to its test tracklets; expected those of "
                 "Dataset.set_test(query, gallery)")
     return None
+
+
+def is_pid(pid):
+    return type(pid) is str or (type(pid) is int and abs(pid) < 10 ** 9)
+
+
+def are_directions(directions, number):
+    """Are they pairs of indices into so many test tracklets?"""
+    if number and set(directions) != set(DIRECTIONS):
+        return False
+    if any(len(pair) != 2 for pair in directions.values()):
+        return False
+    places = [place for pair in directions.values() for side in pair for place in side]
+    # 1.0 is no index.
+    return all(isinstance(place, (int, np.integer)) and 0 <= place < number for place in places)
 
 
 def check_reader(given, stored, run):
@@ -544,7 +572,7 @@ def find_missing_frames(dataset):
     other_case = []
     for folder, names in by_folder.items():
         try:
-            there = set(os.listdir(folder))
+            there = set(os.listdir(folder or "."))
         except (OSError, ValueError):    # no such folder, or a name that no file can have
             there = set()
         lower = {name.lower(): name for name in there}
@@ -580,6 +608,8 @@ def check_identities(dataset):
             [only] = there
             dataset.problems.append(f"training identity {pid} has {only} tracklets only; expected "
                                     "both modalities: remove its rows or its folder")
+    if len(modalities) == 1:
+        dataset.problems.append("1 training identity; expected 2 or more: add people")
     for direction, (query, gallery) in dataset.directions.items():
         cameras_of = defaultdict(set)
         for t in (dataset.test[i] for i in gallery):
@@ -621,16 +651,23 @@ def load_dataset(path, auxiliary=False, reader=NO_READER):
     return dataset
 
 
+def check_once(folders, paths):
+    """folders: what --data's paths lead to. Raises UserError if one comes twice."""
+    if len(set(map(os.path.realpath, folders))) < len(folders):
+        raise UserError(f"--data {in_short(as_typed(paths))} names a folder twice; expected each "
+                        "once")
+
+
 def load_datasets(paths, auxiliary=False, reader=NO_READER):
     """--data A B ... -> a Dataset to train on all of them, and to test on the first that can be
     tested on. A single one is left as it is; of several, A's 7 becomes "A:7", so that equal numbers
     are not taken for one person. Raises UserError."""
-    if len({os.path.realpath(path) for path in paths}) < len(paths):
-        raise UserError(f"--data {in_short(as_typed(paths))} names a folder twice; expected each "
-                        "once")
+    check_once(paths, paths)
     datasets = [load_dataset(path, auxiliary, reader) for path in paths]
     if len(datasets) == 1:
         return datasets[0]
+    if reader == NO_READER:    # which may say what it likes of a root
+        check_once([dataset.root for dataset in datasets], paths)
     train, names = [], set()
     for path, dataset in zip(paths, datasets, strict=True):
         stem = os.path.basename(os.path.abspath(path)).replace(":", "-")

@@ -133,7 +133,7 @@ class EvaluationOptions:
         32, "tracklets at a time in evaluation; lower it if memory runs out",
         least=1, most=4096, group="data")
     device: str = option("", "cuda, cuda:1, cpu; default: cuda if there is one", group="run")
-    trained_on = "", ()    # no option: the training set's name and folders; see tested_elsewhere
+    trained_on = "", (), ()    # no option: the training set's name, folders and classes
 
 
 def frames_in_test(config):
@@ -199,7 +199,8 @@ def embed_shared(model, tracklets, config, device, **how):
     others."""
     rank, world = processes()
     shares = np.array_split(np.arange(len(tracklets)), world)
-    mine = [tracklets[i] for i in shares[rank]]
+    # With more processes than tracklets, an empty share embeds the first one for nothing.
+    mine = [tracklets[i] for i in shares[rank]] or tracklets[:1]
     # The first share is never shorter than another. All processes send as many rows as it has; what
     # is no tracklet's is cut off below.
     longest = len(shares[0])
@@ -226,6 +227,13 @@ def image_of(frame):
     return frame
 
 
+def is_list(frames):
+    """Of frames, and no frame itself: an array's rows would be taken for pictures, letters for
+    paths."""
+    is_frame = isinstance(frames, (str, os.PathLike, Image.Image))
+    return not is_frame and (not isinstance(frames, np.ndarray) or frames.ndim == 4)
+
+
 def embed_images(model, config, tracklets, modality):
     """From Python: embeds tracklets of one modality, "visible" or "infrared".
 
@@ -235,9 +243,10 @@ def embed_images(model, config, tracklets, modality):
     where the model is. Raises UserError for what is none of this."""
     if modality not in MODALITIES:
         raise UserError(f"modality {modality!r}; expected {' or '.join(MODALITIES)}")
+    if not tracklets or not all(is_list(frames) and len(frames) for frames in tracklets):
+        raise UserError("no tracklet, one without frames, or a frame in the place of one; expected "
+                        "a list of lists of frames")
     made = [Tracklet(tuple(map(image_of, frames)), -1, "", modality) for frames in tracklets]
-    if not all(tracklet.frames for tracklet in made) or not made:
-        raise UserError("no tracklet, or one without frames; expected a list of lists of frames")
     config = replace(config, workers=0)    # images at hand need no loader process
     device = next(model.parameters()).device
     rule = config.frame_rule or "chunks"
@@ -339,7 +348,7 @@ def ranked_lists(model, directions, top, words):
 def tested_elsewhere(dataset, config):
     """-> {"trained_on": ...}, for results, where a run was trained on what has another name than
     the test set, or the same in another folder; else {}. Older runs do not know their name."""
-    name, folders = config.trained_on
+    name, folders, _ = config.trained_on
     is_there = os.path.realpath(config.data[0]) in map(os.path.realpath, folders)
     if not name or (name == dataset.name and is_there):
         return {}
@@ -482,7 +491,11 @@ def reading_sheet(model, dataset, config, device, people=2):
         by_pid.setdefault(tracklet.pid, {}).setdefault(tracklet.modality, tracklet)
     both = [found for found in by_pid.values() if len(found) == len(MODALITIES)]
     chosen = [found[m] for found in evenly(both, people) for m in (INFRARED, VISIBLE)]
-    faces = {t.pid: t.frames[len(t.frames) // 2] for t in dataset.train if t.modality == VISIBLE}
+    # Their faces are at hand where the test set lies in the folder that was trained on.
+    _, _, classes = config.trained_on
+    is_there = dataset.classes == list(classes) and not tested_elsewhere(dataset, config)
+    faces = {t.pid: t.frames[len(t.frames) // 2] for t in dataset.train
+             if t.modality == VISIBLE and is_there}
     frames_of = Frames(chosen, size=config.size, T=4, rule=chosen_rule(config, dataset))
     columns = []
     for i, tracklet in enumerate(chosen):
@@ -491,9 +504,7 @@ def reading_sheet(model, dataset, config, device, people=2):
         sentences = []
         if reads is not None:
             for share, label in zip(*reads[0].topk(min(4, reads.shape[1])), strict=True):
-                # Of another dataset's people nobody knows the faces.
-                is_known = len(faces) == reads.shape[1]
-                pid = dataset.classes[label] if is_known else f"no. {label}"
+                pid = classes[label]
                 sentences.append((f"{share:.0%} {pid}", faces.get(pid)))
         own_look = None if look is None else look[0]
         columns.append(Reading(title_of(tracklet), frames, own_look, sentences))
@@ -676,7 +687,7 @@ def load_run(path, method=""):
     method_class = load_method(name)
     config_class = joined(method_class.Options, EvaluationOptions)
     config = stored_config(config_class, checkpoint["config"], path)
-    config.trained_on = checkpoint["dataset"], config.data
+    config.trained_on = checkpoint["dataset"], config.data, checkpoint["classes"]
     return rebuild(method_class, config, checkpoint, path).eval(), config, name
 
 
@@ -751,6 +762,9 @@ def check_arguments(args, overrides):
                         "runs of their own")
     if not 1 <= args.top <= 10 ** 6:
         raise UserError(f"--top {args.top}; expected 1 to 1000000")
+    others = args.json, args.save, args.figure, args.silhouettes, args.reading
+    if args.export and any((*others, args.query, args.gallery, args.rerank, args.all_frames)):
+        raise UserError("--export writes the network and does nothing else; drop the other options")
     is_benchmark = "data" in overrides or args.rerank or args.reading
     if is_benchmark and (args.query or args.gallery):
         raise UserError("--data, --rerank and --reading are for a benchmark, whose gallery is "
@@ -816,6 +830,9 @@ def main():
                         "stream")
     if args.reading and not hasattr(model, "reading"):
         raise UserError(f"--reading; this {method} reads no sentences; expected LSMRL")
+    if (args.export or args.gallery) and processes()[1] > 1:
+        raise UserError("a search and an export run in one process; start it by python, not by "
+                        "torchrun")
     if args.export:
         export(model, frames_in_test(config), config.size, args.export)
         T, size = frames_in_test(config), as_typed(config.size)
@@ -825,8 +842,6 @@ def main():
     special = {name: True for name in ("rerank", "all_frames") if getattr(args, name)}
     head = {"method": method, **special}
     if args.gallery:
-        if processes()[1] > 1:
-            raise UserError("a search runs in one process; start it by python, not by torchrun")
         results = search(args, model, config, device)
         if args.json:
             write_json(args.json, {**head, **results, "seconds": round(time.time() - start, 1)})

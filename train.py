@@ -265,7 +265,7 @@ def training_data(config):
     if not dataset.train:
         raise UserError(f"nobody to train on in {as_typed(config.data)}; expected train/, or a "
                         "benchmark; evaluate.py can test on it")
-    config.trained_on = dataset.train_name or dataset.name, config.data
+    config.trained_on = dataset.train_name or dataset.name, config.data, dataset.classes
     return dataset
 
 

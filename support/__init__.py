@@ -8,7 +8,8 @@
     footage.py     frames: one picture, a user's own folders, a cache of decoded ones
     ranking.py     distances, CMC, mAP, mINP, re-ranking, the search in a file larger than memory
     pictures.py    silhouettes, ranked lists and curves, drawn with pillow
-    priors.py      the demo's small DINOv2, distilled from the large one
+    export.py      the embedding network for programs without this repository
+    priors.py      the demo's small DINOv2 and CLIP, and how they were made
     pedestrian.py  one pose of one walker, drawn
 
 Nothing here imports a file of the top level. Our own imports stand before torch's in every file, so

@@ -5,7 +5,7 @@
 
 Tensor for tensor OpenAI's ViT-B-16.pt. In which order the image blocks are read is the method's
 choice: see stfl in lsmrl.py. There is no tokenizer: LSMRL says one sentence, whose numbers are
-PROMPT; `tiny` has a few dozen words, and `tokenized` looks them up.
+OPENAI_PROMPT; `tiny` has a few dozen words, and `tokenized` looks them up.
 
 Quick question: why is OpenAI's file searched for __setstate__? (It is no list of tensors but a
 program in TorchScript. Loading it runs none of its code, but for the methods of that name.)

@@ -22,7 +22,7 @@ from contextlib import nullcontext
 from types import MethodType
 from unittest.mock import patch
 
-from support.files import write_atomic
+from support.files import UserError, in_short, write_atomic
 
 import torch
 import torch.nn.functional as F
@@ -63,19 +63,29 @@ class Embedding(nn.Module):
         return self.model.embed(frames, modality)
 
 
-def export(model, T, size, path):
-    """Writes the network that embeds T frames of that size (H, W), atomically."""
-    model = copy.deepcopy(model).cpu().eval()
+def export(original, T, size, path):
+    """Writes the network that embeds T frames of that size (H, W), atomically. Raises UserError for
+    one that cannot be exported, or would embed otherwise."""
+    model = copy.deepcopy(original).cpu().eval()
     if hasattr(model, "appearance_maps"):
         model.appearance_maps = MethodType(maps_by_both_stems, model)
     if getattr(model, "sasgl", None) is not None:
         model.sasgl.codes_of = MethodType(codes_everywhere, model.sasgl)
-    example = torch.zeros(3, T, 3, *size), torch.tensor([0, 1, 0])
+    example = torch.randn(3, T, 3, *size), torch.tensor([0, 1, 0])
     any_number = torch.export.Dim("B", min=1, max=2 ** 16)
     # All is float32: where the code says "no autocast here", there is none, and torch.export
     # cannot write such a region down.
     no_autocast = patch("torch.autocast", lambda *arguments, **settings: nullcontext())
-    with torch.no_grad(), no_autocast:
-        program = torch.export.export(Embedding(model), example,
-                                      dynamic_shapes=({0: any_number}, {0: any_number}))
+    try:
+        with torch.no_grad(), no_autocast:
+            program = torch.export.export(Embedding(model), example,
+                                          dynamic_shapes=({0: any_number}, {0: any_number}))
+            got, wanted = program.module()(*example), original.cpu().embed(*example)
+    except Exception as error:    # torch raises dozens of types for what it cannot write down
+        raise UserError(f"--export: this method cannot be exported ({type(error).__name__}: "
+                        f"{in_short(error)}); expected an embed whose shapes depend on nothing "
+                        "that is seen") from None
+    if not torch.allclose(got, wanted, rtol=0, atol=1e-4 * wanted.abs().max().item()):
+        raise UserError("--export: exported, this method embeds otherwise; expected no own "
+                        "appearance_maps and codes_of, which are replaced (support/export.py)")
     write_atomic(path, lambda file: torch.export.save(program, file))

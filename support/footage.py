@@ -254,6 +254,8 @@ def is_mask(frame):
     whoever reads it will say so."""
     try:
         with open_image(file_of(frame)) as image:
+            if image.mode.startswith(("I", "F")):    # deeper than 8 bits: convert clips them
+                return len(np.unique(np.asarray(image))) <= 2
             return image.convert("L").getcolors(2) is not None
     except Exception:    # pillow raises a dozen types for a bad file
         return False

@@ -165,7 +165,7 @@ def one_line(what, path):
         yield
     except UserError:
         raise
-    except Exception as error:    # whatever a stranger's code may raise
+    except (Exception, SystemExit) as error:    # whatever a stranger's code may raise
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == path]
         where = f", line {lines[-1]}" if lines else ""
@@ -187,14 +187,18 @@ def load_own(option, name, expected):
         raise UserError(f"{what}: no file {path}; check the path")
     folder, file = os.path.split(path)
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    for where in (root, folder):
+    package = __name__.removesuffix("support.options")    # "vvireid.", where we are part of it
+    for where in (folder,) if package else (root, folder):
         if where not in sys.path:
             sys.path.append(where)
     module_name = file.removesuffix(".py")
     if "." in module_name:
         raise UserError(f"{what}: Python cannot import {file}; give it a name of one dot")
     with one_line(what, path):
-        module = importlib.import_module(module_name)
+        if package:
+            module = sys.modules[package[:-1]].import_file(module_name, path)
+        else:
+            module = importlib.import_module(module_name)
     found = getattr(module, "__file__", None)    # none of what is built into Python
     if not found or not os.path.samefile(found, path):
         raise UserError(f"{what}: another module is called {module_name} already "

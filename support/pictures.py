@@ -1,9 +1,10 @@
 """Pictures: what a model sees (silhouettes, codes), what it finds (ranked lists), how it learned.
 
-    Column of each tracklet -> draw_silhouettes    frames, body probability, silhouette, both
-    codes, and the true mask with its IoU where there is one Row of each query -> draw_ranking
-    green frame: the right person; red: a wrong one; grey: unknown lines of log.jsonl ->
-    draw_curves    losses by epoch, Rank-1 by evaluation
+    what SASGL sees of tracklets -> draw_silhouettes    frames, silhouettes, codes, true masks
+    Reading of tracklets         -> draw_reading        where LSMRL looks, whose sentences it reads
+    Row of queries               -> draw_ranking        green: the right person; red: a wrong one;
+                                                        grey: unknown; a bar for each strip
+    lines of log.jsonl           -> draw_curves         losses by epoch, Rank-1 by evaluation
 
 Each draw_ function returns a PIL image and runs no model. A code has 16 channels and the eye three,
 so its pixels are shown by their three principal components as red, green and blue, of all tracklets
@@ -30,7 +31,6 @@ GREEN, RED, GREY = (0, 150, 60), (215, 45, 35), (150, 150, 150)
 # One colour per curve, told apart by the colour-blind too as far as a dozen can be.
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9",
            "#787878", "#000000", "#8c564b", "#9467bd", "#bcbd22", "#17828c"]
-BAR_COLOURS = {"blue": COLOURS[0], "orange": COLOURS[1]}
 TEXT_SIZE = 13
 
 
@@ -259,9 +259,8 @@ class RankingSheet(Sheet):
         super().__init__(2 * self.PAD + columns * self.column_width,
                          self.PAD + rows * self.row_height + legend)
         if streams:
-            words = ", ".join(f"{name} {colour}" for name, (colour, _) in streams.items())
-            self.text(self.PAD, self.image.height - legend, "bars: how far apart the two are in "
-                      f"each strip of the body ({words}); short: alike")
+            words = f"bars: how far apart in each strip of the body ({', '.join(streams)})"
+            self.text(self.PAD, self.image.height - legend, words + "; short: alike")
 
     def title(self, row, words):
         self.text(self.PAD, self.PAD + row * self.row_height, words)
@@ -286,12 +285,12 @@ class RankingSheet(Sheet):
         left = 2 * self.PAD + column * self.column_width + self.cell_width + 2
         top = self.PAD + row * self.row_height + self.TITLE + self.BORDER
         for name, distances in strips.items():
-            _, colour = self.streams[name]
             tall = self.height / len(distances)
             y = top
             for distance in distances.tolist():
                 right = left + (self.BARS - 4) * distance / longest[name]
-                self.pen.rectangle((left, y, right, y + tall - 2), fill=colour)
+                bottom = max(y, y + tall - 2)    # very many strips leave no gap
+                self.pen.rectangle((left, y, right, bottom), fill=self.streams[name])
                 y += tall
             left += self.BARS
 
@@ -305,10 +304,10 @@ def draw_ranking(rows, size, height=112, shown=3):
     # Which streams have bars, in which colours, and the longest bar of each.
     every = [found.strips for row in rows for found in row.ranked]
     names = dict.fromkeys(name for strips in every for name in strips)
-    streams = dict(zip(names, BAR_COLOURS.items(), strict=False))
+    streams = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
     sheet = RankingSheet(len(rows), 1 + longest, size, height, shown, streams)
-    longest_bars = {name: max(strips[name].max().item() for strips in every if strips)
-                    for name in names}
+    longest_bars = {name: max(strips[name].max().item() for strips in every if strips) or 1
+                    for name in names}    # 0 where all are the query itself
     colours = {True: GREEN, False: RED, None: GREY}
     for r, row in enumerate(rows):
         sheet.title(r, row.title)

@@ -1,9 +1,10 @@
-"""The two small priors of the offline demo: networks that a laptop can train and run.
+r"""The two small priors of the offline demo: networks that a laptop can train and run.
 
     python walkers.py runs/prior --seed 77 --identities 300 --tracklets 1 --cameras 99
     python -m support.priors dinov2 --data runs/prior/Train --dinov2-weights FILE
 
-    python walkers.py runs/people --seed 78 --identities 2400 --tracklets 1 --cameras 99
+    python walkers.py runs/people --seed 78 --identities 2400 --test-identities 24 --tracklets 1 \
+        --cameras 99
     python -m support.priors clip --data runs/people
 
 **dinov2: distillation** (Hinton et al., 2015). A small network, the student, learns to say what a
@@ -58,7 +59,7 @@ from typing import NamedTuple
 
 from support import clip
 from support.dinov2 import DINOV2, TINY, DinoVisionTransformer, levels_of, load_dinov2
-from support.files import UserError, check_writable, write_atomic
+from support.files import UserError, check_writable, in_short, write_atomic
 from support.footage import find_footage, read_frame
 from support.options import Bar, Parser, cli, progress, say
 
@@ -237,20 +238,27 @@ def load_people(path):
         with open(os.path.join(path, "sentences.json"), encoding="utf-8") as file:
             sentences = json.load(file)
     except (OSError, ValueError):
-        raise UserError(f"{path} has no sentences.json; expected a folder of walkers: draw it by "
-                        "walkers.py") from None
-    paths = {}
-    for name, frames in find_footage(os.path.join(path, "Train")).items():
-        pid, modality, _ = PurePosixPath(name).parts    # 0001/rgb/D3
-        paths.setdefault((pid, modality), []).extend(frames)
-    pids = sorted({pid for pid, _ in paths})
+        raise UserError(f"{path} has no sentences.json; expected a folder of walkers as walkers.py "
+                        "draws it now: draw walkers anew, into another folder") from None
+    found, paths = find_footage(os.path.join(path, "Train")), {}
+    try:
+        for name, frames in found.items():
+            pid, modality, _ = PurePosixPath(name).parts    # 0001/rgb/D3
+            paths.setdefault((int(pid), modality), []).extend(frames)
+        pids = sorted({pid for pid, _ in paths})
+        of_people = [[paths[pid, modality] for modality in ("rgb", "ir")] for pid in pids]
+        words, end = clip.tokenized([sentences[str(pid)] for pid in pids])
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"sentences.json and Train/ of {path} do not fit together "
+                        f"({type(error).__name__}: {in_short(error)}); expected both as walkers.py "
+                        "draws them: draw walkers anew, into another folder") from None
+    if len(pids) < 3:
+        raise UserError(f"{len(pids)} people in {path}; expected 3 or more: draw more walkers")
     frames = torch.empty(len(pids), 2, EACH, 3, *FRAME, dtype=torch.uint8)
-    for i, pid in enumerate(progress(pids, "reading")):
-        for m, modality in enumerate(("rgb", "ir")):
-            found = paths[pid, modality]
+    for i, own in enumerate(progress(of_people, "reading")):
+        for m, taken in enumerate(own):
             for k in range(EACH):
-                frames[i, m, k] = read_frame(found[k * len(found) // EACH], FRAME)
-    words, end = clip.tokenized([sentences[str(int(pid))] for pid in pids])
+                frames[i, m, k] = read_frame(taken[k * len(taken) // EACH], FRAME)
     return People(frames, words, end)
 
 
@@ -317,7 +325,7 @@ def found_by_sentence(model, people):
 def make_clip(args, generator):
     """-> CLIP's tensors, and how good it is."""
     people = load_people(args.data)
-    held_out = round(HELD_OUT * len(people.words))
+    held_out = max(1, round(HELD_OUT * len(people.words)))
     model = clip.CLIP(**clip.TINY_SIZES)
     train_clip(model, People(*(part[held_out:] for part in people)), args.steps, args.batch,
                lr=1e-3, generator=generator)
@@ -329,7 +337,7 @@ def make_clip(args, generator):
 # ----------------------------------------------------------- command line ----
 
 DEFAULTS = {"dinov2": {"out": "tiny_dinov2.pt", "steps": 8000, "batch": 16},
-            "clip": {"out": "tiny_clip.pt", "steps": 3000, "batch": 64}}
+            "clip": {"out": "tiny_clip.pt", "steps": 4000, "batch": 64}}
 
 
 def command_line():
@@ -342,7 +350,7 @@ def command_line():
     parser.add_argument("--frames", type=int, metavar="N",
                         help="dinov2: to learn from; a twentieth more is held out (3200)")
     parser.add_argument("--out", metavar="FILE", help="where it goes (tiny_PRIOR.pt)")
-    for name, text in (("steps", "of training (8000, 3000)"),
+    for name, text in (("steps", "of training (8000, 4000)"),
                        ("batch", "frames or people of a step (16, 64)"),
                        ("seed", "of the weights and of what they see (1)")):
         parser.add_argument(f"--{name}", type=int, metavar="N", help=text)
@@ -350,6 +358,9 @@ def command_line():
     args = parser.parse_args()
     for name, default in DEFAULTS[args.prior].items():
         setattr(args, name, getattr(args, name, default))    # absent where nobody typed it
+    for name in ("frames", "steps", "batch"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}; expected 1 or more")
     return args
 
 

@@ -325,7 +325,7 @@ class Named(Averages):
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     root = tmp_path_factory.mktemp("small")
-    train, test = tracks((1,), each=1), tracks((21, 22, 23, 24, 25))
+    train, test = tracks((1, 2), each=1), tracks((21, 22, 23, 24, 25))
     return load_dataset(write_hitsz(root, train=train, test=test))
 
 

@@ -116,10 +116,16 @@ def test_names_are_numbers_where_all_are(names, classes, tmp_path):
     assert load_dataset(write_own(tmp_path, own("train", names, each=1))).classes == classes
 
 
-def test_one_name_of_the_test_makes_all_of_them_names(tmp_path):
-    places = own("train", (1, 2)) | own("query", ["ann"], each=1) | own("gallery", ["ann"], each=1)
-    dataset = load_dataset(write_own(tmp_path, places))
-    assert dataset.classes == ["1", "2"] and sides(dataset, DIRECTIONS[0]) == (["ann"], ["ann"])
+def test_a_name_of_the_test_makes_names_of_the_test_s_people_alone(tmp_path):
+    """Who is tested changes no training: a run goes on where query/ and gallery/ came later."""
+    root = write_own(tmp_path, own("train", (1, 2)))
+    alone = load_dataset(root)
+    write_own(root, own("query", ["7"], each=1) | own("gallery", ["7", "ann"], each=1))
+    dataset = load_dataset(root)
+    assert dataset.classes == alone.classes == [1, 2] and dataset.train == alone.train
+    assert sides(dataset, DIRECTIONS[0]) == (["7"], ["7", "ann"])
+    write_own(root, own("train", ["bob"]))
+    assert load_dataset(root).classes == ["1", "2", "bob"]
 
 
 def test_the_folders_are_recognised_as_they_are_written(tmp_path, monkeypatch):
@@ -138,12 +144,12 @@ def test_the_folders_are_recognised_as_they_are_written(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no dataset in .*your own train/ query/ gallery/"):
         load_dataset(hitsz)
     monkeypatch.undo()
-    write_own(tmp_path / "up" / "shop", own("train", (1,)))    # an unpacked archive
+    write_own(tmp_path / "up" / "shop", own("train", (1, 2)))    # an unpacked archive
     monkeypatch.chdir(tmp_path / "up")
     assert load_dataset(".").name == "shop"
     monkeypatch.chdir("shop")
     dataset = load_dataset(".")
-    assert dataset.name == "shop" and len(dataset.train) == 4 and not dataset.problems
+    assert dataset.name == "shop" and len(dataset.train) == 8 and not dataset.problems
 
 
 LOOSE = "expected them in PID/MODALITY/TRACK or PID/MODALITY/CAMERA/TRACK"
@@ -158,6 +164,7 @@ FAULTS = {    # what is added to the folders, or "-" and what is taken away: wor
     "train/40/ir/walk1": "training identity 40 has infrared tracklets only",
     "-train/1/visible/walk1/*": "train/1/visible/walk1 holds no frames; expected a track's",
     "-train/1/*": "no frames under .*train/1;",
+    "-train/[12]": "1 training identity; expected 2 or more",
     "-query": "0 query and 6 gallery tracklets; expected some of each",
     "-gallery/*": "4 query and 0 gallery tracklets; expected some of each",
 }
@@ -197,7 +204,7 @@ def test_names_are_printed_escaped(tmp_path):
 
 
 def test_queries_of_one_modality_have_the_roles_swapped(tmp_path):
-    places = own("train", (1,)) | own("query", (7, 8), modalities=("ir",), each=1)
+    places = own("train", (1, 2)) | own("query", (7, 8), modalities=("ir",), each=1)
     dataset = load_dataset(write_own(tmp_path, places | own("gallery", (7, 8, 9))))
     assert sides(dataset, DIRECTIONS[0]) == ([7, 8], [7, 7, 8, 8, 9, 9])
     assert dataset.directions[DIRECTIONS[1]] == dataset.directions[DIRECTIONS[0]][::-1]
@@ -387,6 +394,38 @@ def gone(path):
 
 def untouchable(path):
     return of(path, train=None)
+
+def untrained(path):
+    return Dataset("mine", path, None)
+
+def rule(path):
+    return of(path, frame_rule="chunk5")
+
+def large(path):
+    return of(path, Tracklet(frames, 2 ** 64, "", "visible"))
+
+def floats(path):
+    directions = {"infrared->visible": ([0.0], [0]), "visible->infrared": ([0], [0])}
+    return of(path, test=[Tracklet(frames, 1, "", "visible")], directions=directions)
+
+def triples(path):
+    directions = {"infrared->visible": ([0], [0], [0]), "visible->infrared": ([0], [0])}
+    return of(path, test=[Tracklet(frames, 1, "", "visible")], directions=directions)
+
+def notes(path):
+    return of(path, notes="all is well")
+
+def problems(path):
+    return of(path, problems=None)
+
+def gone_frames(path):
+    return of(path, missing=("gone.jpg",))
+
+def no_text(path):
+    return of(path, notes=[None])
+
+def leaves(path):
+    raise SystemExit("not\\ntoday")
 '''
 ANSWERS = {
     "missing": "has no such function", "NUMBER": "has no such function",
@@ -397,7 +436,16 @@ ANSWERS = {
     "modality": "'RGB' and .*visible or infrared", "pid": r"a tracklet of 1\.0",
     "camera": "a tracklet of 1, 2,", "dictionary": "{'pid': 1} as a tracklet",
     "mixed": "some pids as numbers and some as names", "unranked": "Dataset.set_test",
-    "beyond": "Dataset.set_test", "gone": "no file gone.jpg", "untouchable": "raised TypeError"}
+    "beyond": "Dataset.set_test", "gone": "no file gone.jpg", "untouchable": "raised TypeError",
+    "untrained": "returned train None; expected a list",
+    "rule": "frame_rule 'chunk5'; expected one of chunks, linspace, consecutive",
+    "large": "a tracklet of 18446744073709551616, .* a number below 10.9 or a name",
+    "floats": "Dataset.set_test", "triples": "Dataset.set_test",
+    "notes": "returned notes 'all is well'; expected a list",
+    "problems": "returned problems None; expected a list",
+    "gone_frames": "returned missing .*; expected a list",
+    "no_text": "returned None as missing, a problem or a note; expected text",
+    "leaves": "wrong.py.* raised SystemExit: not today"}
 
 
 @pytest.fixture(scope="module")
@@ -415,6 +463,15 @@ def test_what_a_reader_gets_wrong_is_one_line(function, wrong):
     fails(result, "")
     assert re.search(ANSWERS[function], result.stderr), result.stderr
     assert here("data.py", wrong, *words).returncode == 2
+
+
+def test_frames_of_a_reader_may_lie_in_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "a.jpg").touch()
+    monkeypatch.chdir(tmp_path)
+    tracklet = data.Tracklet(("a.jpg", "b.jpg", "./a.jpg"), 1, "", "visible")
+    dataset = data.Dataset("mine", ".", [tracklet])
+    data.find_missing_frames(dataset)
+    assert dataset.missing == ["b.jpg"]
 
 
 @pytest.mark.parametrize("reader, words", [
@@ -472,6 +529,18 @@ def test_people_of_several_folders_are_never_mixed_up(shop, walkers, tmp_path):
         load_datasets([str(shop), os.path.join(shop, "..", "shop")])
 
 
+def test_a_folder_and_the_dataset_in_it_are_one(shop, tmp_path):
+    """Or each of its people would be two."""
+    two, bupt = tmp_path / "two", tmp_path / "bupt"
+    shutil.copytree(shop, two / "shop")
+    write_buptcampus(bupt, **SMALL[write_buptcampus])
+    (tmp_path / "link").symlink_to(two)
+    for pair in ([two, two / "shop"], [bupt / "DATA", bupt], [tmp_path / "link", two / "shop"]):
+        with pytest.raises(UserError, match="names a folder twice"):
+            load_datasets(list(map(str, pair)))
+    assert len(load_datasets([str(two), str(shop)]).classes) == 6    # copies are taken as told
+
+
 def test_two_are_trained_on_together_and_the_first_is_tested_on(walkers, shop, tmp_path):
     """With a cache too; resumed to the same bits; evaluated on the same test set."""
     whole, parts, cache = tmp_path / "whole", tmp_path / "parts", tmp_path / "frames"
@@ -507,6 +576,19 @@ def test_a_cache_of_frames_on_another_drive(monkeypatch):
 
     monkeypatch.setattr(os.path, "relpath", raises)
     assert footage.relative("D:/a.jpg", "C:/") == "D:/a.jpg"
+
+
+@pytest.mark.parametrize("kind, name", [
+    (np.uint16, "a.png"), (np.uint16, "a.tiff"), (np.int32, "a.tiff"), (np.float32, "a.tiff")])
+def test_a_thermal_frame_is_no_mask_and_a_mask_as_deep_is(kind, name, tmp_path):
+    """All of its values lie beyond what 8 bits hold."""
+    thermal = 20_000 + np.arange(32 * 16).reshape(32, 16)
+    pictures = {"frame": thermal, "mask": np.where(thermal > 20_200, 60_000, 0)}
+    for what, pixels in pictures.items():
+        (tmp_path / what).mkdir()
+        Image.fromarray(pixels.astype(kind)).save(tmp_path / what / name)
+    assert not footage.is_mask(str(tmp_path / "frame" / name))
+    assert footage.is_mask(str(tmp_path / "mask" / name))
 
 
 def test_an_older_run_s_one_folder_still_counts(on_shop, shop, tmp_path):

@@ -3,7 +3,6 @@ too."""
 from types import SimpleNamespace
 
 from support.pictures import (
-    BAR_COLOURS,
     COLOURS,
     GREEN,
     GREY,
@@ -12,9 +11,11 @@ from support.pictures import (
     Found,
     Panel,
     RankingSheet,
+    Reading,
     Row,
     draw_curves,
     draw_ranking,
+    draw_reading,
     draw_silhouettes,
     evenly,
     principal_colours,
@@ -93,17 +94,54 @@ def test_a_bar_for_each_strip_of_each_stream(frames):
     # The upper and the lower strip's bars, as shares of the full length, tracklet by tracklet.
     y = 10 + 18 + 4
     full = RankingSheet.BARS - 4
-    wanted = {y + 8: {"blue": (1 / 4, 2 / 4), "orange": (5 / 10, 1)},
-              y + 40: {"blue": (0, 1), "orange": (5 / 10, 0)}}
+    gait, appearance = COLOURS[:2]
+    wanted = {y + 8: {gait: (1 / 4, 2 / 4), appearance: (5 / 10, 1)},
+              y + 40: {gait: (0, 1), appearance: (5 / 10, 0)}}
     for row, streams in wanted.items():
         for colour, shares in streams.items():
-            rgb = ImageColor.getrgb(BAR_COLOURS[colour])
-            is_bar = is_colour(sheet[row], rgb)
+            is_bar = is_colour(sheet[row], ImageColor.getrgb(colour))
             starts = np.flatnonzero(is_bar[1:] & ~is_bar[:-1])
             ends = np.flatnonzero(is_bar[:-1] & ~is_bar[1:])
             # A bar of no length is a line of one pixel.
             lengths = ends - starts - 1
             assert lengths.tolist() == [full * share for share in shares]
+
+
+ODD_BARS = {
+    "the query itself": {"gait": torch.zeros(2), "appearance": torch.zeros(2)},
+    "thinner than a pixel": {"gait": torch.rand(200)},
+    "more streams than colours": {str(i): torch.rand(3) for i in range(15)}}
+
+
+@pytest.mark.parametrize("strips", ODD_BARS.values(), ids=ODD_BARS)
+def test_odd_bars_are_drawn(strips, frames):
+    rows = [Row("title", frames, [Found("one", frames, 0.0, None, strips)])]
+    assert draw_ranking(rows, (16, 8)).size[0] > 0
+
+
+def test_where_a_tracklet_looks_is_lit_and_whose_words_it_reads_is_shown(frames):
+    """The patch that is looked at most keeps its brightness; a face that nobody knows is said to
+    be no file."""
+    grey = torch.full((2, 3, 16, 8), 200, dtype=torch.uint8)
+    look = torch.tensor([[[0.0, 0.0], [0.0, 0.6]], [[0.3, 0.3], [0.3, 0.3]]])
+    sentences = [("60% 7", frames[0]), ("40% no. 3", None)]
+    night = Reading("night", grey, look, sentences)
+    day = Reading("day", grey, None, [])
+    sheet = np.asarray(draw_reading([night, day], height=64))
+    assert sheet.shape[1] == 110 + 2 * (2 * 32 + 16)
+
+    # The first tracklet's two frames, lit.
+    top, left = 24 + 64 + 8, 110
+    lit = sheet[top:top + 64, left:left + 64, 0]
+    first, second = lit[:, :32], lit[:, 32:]
+    assert first[-2, -2] == 200
+    assert first[1, 1] == int(0.15 * 200)
+    assert (second == 200).all()
+
+    # The face of the one whose sentence it reads most.
+    top += 64 + 8
+    face = sheet[top:top + 64, left:left + 32]
+    assert (face == (0, 0, 40)).all()
 
 
 def test_any_name_of_a_file_is_drawn(frames):

@@ -1,7 +1,9 @@
 """The two priors: what is shipped, and how they are made, from a teacher at hand or from none."""
 import hashlib
+import json
 import math
 import os
+import shutil
 
 import walkers as drawing
 from support import clip, dinov2, priors
@@ -142,7 +144,7 @@ def test_the_shipped_clip_knows_the_words_of_strangers(modality):
         text = text_features(model, *clip.tokenized(sentences))
         image = image_features(model, photographs(pids, modality))
         right += ((image @ text.t()).argmax(1) == torch.arange(8)).sum().item()
-    assert right / 64 > 0.5
+    assert right / 64 > 0.75
 
 
 def test_the_contrastive_loss_by_hand():
@@ -162,7 +164,6 @@ def test_contrasting_finds_more_and_leaves_a_file_that_loads(walkers, tmp_path, 
     monkeypatch.setattr(clip, "CLIP_MODELS", {"tiny": sizes})
     out = tmp_path / "tiny.pt"
     monkeypatch.setattr(clip, "TINY_FILE", str(out))
-    monkeypatch.setattr(priors, "HELD_OUT", 0.25)
     people, losses = priors.load_people(str(walkers)), []
     assert people.frames.shape == (4, 2, priors.EACH, 3, 64, 32)
     for steps in (1, 60):
@@ -178,6 +179,63 @@ def test_contrasting_finds_more_and_leaves_a_file_that_loads(walkers, tmp_path, 
     assert losses[1] < losses[0] - 0.3
 
 
-def test_people_without_sentences_are_refused(walkers, tmp_path):
-    with pytest.raises(UserError, match="no sentences.json; expected a folder of walkers"):
+def test_people_without_sentences_are_refused(walkers):
+    """Walkers that an older version drew have none, and walkers.py would leave them as they are."""
+    expected = "no sentences.json; expected a folder of walkers .* into another folder"
+    with pytest.raises(UserError, match=expected):
         priors.load_people(str(walkers / "Train"))
+
+
+def in_sentences(change):
+    def changed(folder):
+        sentences = json.loads((folder / "sentences.json").read_text())
+        change(sentences)
+        (folder / "sentences.json").write_text(json.dumps(sentences))
+    return changed
+
+
+def without(*names):
+    def changed(folder):
+        for name in names:
+            shutil.rmtree(folder / "Train" / name)
+    return changed
+
+
+def deeper(folder):
+    (folder / "Train").rename(folder / "inner")
+    (folder / "Train").mkdir()
+    (folder / "inner").rename(folder / "Train" / "inner")
+
+
+UNFIT = "sentences.json and Train/ of .* do not fit together .*: draw walkers anew"
+PEOPLE = {    # what is done to a folder of walkers, and what is said of it
+    "a person without a sentence": (in_sentences(lambda s: s.pop("2")), UNFIT),
+    "an unknown word": (in_sentences(lambda s: s.update({"2": "a purple person ."})), "purple"),
+    "a list": (lambda folder: (folder / "sentences.json").write_text("[]"), UNFIT),
+    "no JSON": (lambda folder: (folder / "sentences.json").write_text("{"), "no sentences.json"),
+    "a person by day alone": (without("0002/ir"), UNFIT),
+    "a name": (lambda folder: (folder / "Train/0002").rename(folder / "Train/ann"), UNFIT),
+    "a folder too deep": (deeper, UNFIT),
+    "two people": (without("0002", "0003"), "2 people in .*; expected 3 or more"),
+}
+
+
+@pytest.mark.parametrize("fault", PEOPLE)
+def test_people_that_do_not_fit_their_sentences_are_refused_in_a_line(fault, walkers, tmp_path):
+    shutil.copytree(walkers / "Train", tmp_path / "Train")
+    shutil.copyfile(walkers / "sentences.json", tmp_path / "sentences.json")
+    damage, words = PEOPLE[fault]
+    damage(tmp_path)
+    with pytest.raises(UserError, match=words) as caught:
+        priors.load_people(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("prior", ["dinov2", "clip"])
+@pytest.mark.parametrize("option", ["--steps", "--batch", "--frames"])
+def test_less_than_one_of_anything_is_refused(prior, option, walkers, tmp_path, monkeypatch):
+    for number in "0", "-3":
+        monkeypatch.setattr("sys.argv", ["priors", prior, "--data", str(walkers), "--out",
+                                         str(tmp_path / "x.pt"), option, number])
+        with pytest.raises(UserError, match=f"{option} {number}; expected 1 or more"):
+            priors.main()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from data import Tracklet
 from evaluate import embed_images, embed_tracklets, load_run
+from lsmrl import LSMRL
 from model import DinoGRL
 from scripts import ROOT, TINY, TINY_LSMRL, here
 from support.export import export
@@ -63,6 +64,9 @@ def test_an_upright_image_is_not_turned_in_the_caller_s_hands(run):
     ([[np.zeros((3, 8, 4), np.uint8)]], "visible", "uint8, .3, 8, 4.; expected a PIL image"),
     ([[np.zeros((8, 4, 3), np.float32)]], "visible", "float32"),
     ([[7]], "visible", "a frame is int"),
+    ([Image.new("RGB", (4, 8))], "visible", "a frame in the place of one"),
+    ([np.zeros((8, 4, 3), np.uint8)], "visible", "a frame in the place of one"),
+    (["nowhere.jpg"], "visible", "a frame in the place of one"),
     ([["nowhere.jpg"]], "visible", "nowhere.jpg cannot be read"),
     ([["nowhere.jpg"]], "ir", "modality 'ir'; expected visible or infrared")])
 def test_what_is_no_tracklet_is_refused(tracklets, modality, words, run):
@@ -142,6 +146,29 @@ def test_dinogrl_is_exported(tmp_path):
     model = DinoGRL(options, 5).eval()
     export(model, 2, (64, 32), tmp_path / "embed.pt2")
     embeds_alike(torch.export.load(tmp_path / "embed.pt2").module(), model, 2, (64, 32))
+
+
+class Fixed(LSMRL):
+    def embed(self, frames, modality):
+        return super().embed(frames, modality)[:int(modality.sum())]
+
+
+class Other(DinoGRL):
+    def appearance_maps(self, frames, modality):
+        maps, back = super().appearance_maps(frames, modality)
+        return 2 * maps, back
+
+
+@pytest.mark.parametrize("method, options, words", [
+    (Fixed, LSMRL.Options(clip="tiny-random", size=(32, 16), split=(4, 0, 0)),
+     "cannot be exported"),
+    (Other, DinoGRL.Options(resnet_weights="random", gait=False, width=4, dim=8, strips=(1, 2),
+                            blocks=(1, 1, 1, 1)), "embeds otherwise")])
+def test_what_would_embed_otherwise_is_not_exported(method, options, words, tmp_path):
+    size = getattr(options, "size", (64, 32))
+    with pytest.raises(UserError, match=words):
+        export(method(options, 5).eval(), 2, size, tmp_path / "embed.pt2")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_is_exported(walkers, tmp_path):

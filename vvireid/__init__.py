@@ -15,6 +15,7 @@ import importlib
 import os
 import sys
 from importlib.machinery import PathFinder, SourceFileLoader
+from importlib.util import module_from_spec, spec_from_file_location
 
 ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 __path__ = [ROOT]    # where vvireid.data is looked for
@@ -35,6 +36,15 @@ class Loader(SourceFileLoader):
     def exec_module(self, module):
         module.__builtins__ = {**vars(builtins), "__import__": import_ours}
         super().exec_module(module)
+
+
+def import_file(name, path):
+    """A file of somebody's own, such as a method's: bare names of ours mean the same in it."""
+    if name not in sys.modules:
+        spec = spec_from_file_location(name, path, loader=Loader(name, path))
+        sys.modules[name] = module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 class Finder:
