@@ -615,7 +615,7 @@ OTHER = {
     "names as numbers": {"name": np.arange(4)},
     "names as bytes": {"name": np.array([b"a"] * 4)},
     "names in pairs": {"name": np.array([["a", "b"]] * 4)},
-    "pids as text": {"pid": np.array(["1"] * 4)},
+    "pids in pairs": {"pid": np.array([["1", "2"]] * 4)},
     "pids as fractions": {"pid": np.arange(4.0)},
     "cameras as numbers": {"camera": np.arange(4)},
     "modalities as truths": {"modality": np.ones(4, bool)},

@@ -269,6 +269,8 @@ def small_net(name, **changes):
     if name == "dinogrl":
         small |= {"width": 8, "dim": 8, "dino_size": (112, 56), "code_size": (16, 8),
                   "gait_strides": (1, 1, 1, 1)}
+    else:
+        small["size"] = (64, 32)
     torch.manual_seed(0)
     net = method(configuration(**small), 6).train()
     generator = torch.Generator().manual_seed(1)

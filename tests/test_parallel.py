@@ -110,6 +110,8 @@ def small_model(name):
     if name == "dinogrl":
         small |= {"width": 8, "dim": 8, "dino_size": (112, 56), "code_size": (16, 8),
                   "gait_strides": (1, 1, 1, 1)}
+    else:
+        small["size"] = (64, 32)
     torch.manual_seed(0)
     model = method(kind(**small), 6).train()
     for child, part in model.named_children():
