@@ -10,7 +10,7 @@ from data import Tracklet
 from evaluate import embed_images, embed_tracklets, load_run
 from lsmrl import LSMRL
 from model import DinoGRL
-from scripts import ROOT, TINY, TINY_LSMRL, here
+from scripts import ROOT, TINY, TINY_LSMRL, fails, here
 from support.export import export
 from support.files import UserError
 from support.footage import is_mask
@@ -179,3 +179,18 @@ def test_a_run_is_exported(walkers, tmp_path):
     assert result.returncode == 0 and "embed.pt2: embeds 2 frames of 32 16" in result.stdout
     model, _, _ = load_run(str(tmp_path / "run"))
     embeds_alike(torch.export.load(file).module(), model, 2, (32, 16))
+
+    # Two people, by night and by day: four frames each, where they look, whose words they read.
+    sheet = tmp_path / "words.png"
+    result = here("evaluate.py", "--checkpoint", tmp_path / "run", "--reading", sheet)
+    assert result.returncode == 0, result.stderr
+    with Image.open(sheet) as image:
+        assert image.size == (110 + 4 * (4 * 64 + 16), 24 + 3 * (128 + 8) + 20)
+
+
+def test_who_reads_no_sentences_says_so(run, tmp_path):
+    words = ["evaluate.py", "--checkpoint", run]
+    fails(here(*words, "--reading", tmp_path / "a.png"), "--reading", "dinogrl", "LSMRL")
+    fails(here(*words, "--export", tmp_path / "a.pt2", "--rerank"), "--export", "nothing else")
+    fails(here(*words, "--query", tmp_path, "--gallery", tmp_path, "--reading",
+               tmp_path / "a.png"), "--reading", "benchmark")
