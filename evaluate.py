@@ -630,9 +630,11 @@ def nearest_of(queries, stored, args, model, config, device):
         for value, row in zip(distance[q].tolist(), index[q].tolist(), strict=True):
             found, modality, shown = (stored.rows(column, row, row + 1)[0].tolist()
                                       for column in ("name", "modality", "shown"))
-            embedding = torch.from_numpy(stored.rows("embedding", row, row + 1)[0])
-            parts = (query[q].cpu() - embedding).norm(dim=1)    # (P,)
-            ranked[name].append(Hit(found, modality, value, shown, strips_of(model, parts)))
+            strips = {}
+            if args.figure:    # nobody else asks
+                parts = (query[q] - piece(row, row + 1)[0]).cpu().norm(dim=1)    # (P,)
+                strips = strips_of(model, parts)
+            ranked[name].append(Hit(found, modality, value, shown, strips))
     return ranked
 
 

@@ -186,17 +186,19 @@ class SD(nn.Module):
         nn.init.zeros_(self.attn.out_proj.weight)
         nn.init.zeros_(self.attn.out_proj.bias)
 
+    def row_and_text(self, tokens, bank):
+        """-> what asks (1, B*T, D) and what is asked (1, C, D). The bank is the same for every
+        token: all tokens in one row."""
+        text = self.text(self.ln_text(bank))[None]
+        return self.ln(tokens).flatten(0, 1)[None], text
+
     def forward(self, tokens, bank):
-        text = self.text(self.ln_text(bank))[None]    # (1, C, D)
-        # The bank is the same for every token: all tokens in one row.
-        row = self.ln(tokens).flatten(0, 1)[None]    # (1, B*T, D)
-        return tokens + self.attn(row, text).view_as(tokens)
+        return tokens + self.attn(*self.row_and_text(tokens, bank)).view_as(tokens)
 
     def reads(self, tokens, bank):
         """-> how much each token reads of each sentence: (B, T, C), shares. For pictures."""
-        text = self.text(self.ln_text(bank))[None]
-        row = self.ln(tokens).flatten(0, 1)[None]
-        return self.attn.weights(row, text).view(*tokens.shape[:2], -1)
+        shares = self.attn.weights(*self.row_and_text(tokens, bank))    # (1, B*T, C)
+        return shares.view(*tokens.shape[:2], -1)
 
 
 class CMI(nn.Module):

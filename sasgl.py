@@ -204,12 +204,6 @@ class Codes(NamedTuple):
     losses: dict
 
 
-def upsampled(maps, size):
-    """(N, h, w, C) -> (N, H, W, C), bilinear."""
-    maps = F.interpolate(maps.permute(0, 3, 1, 2), size, mode="bilinear", align_corners=False)
-    return maps.permute(0, 2, 3, 1)
-
-
 class SASGL(nn.Module):
     """Frames (B, T, 3, H, W), normalised -> gait maps (B, T, C, h, w) and the Codes they were read
     from.
@@ -244,9 +238,15 @@ class SASGL(nn.Module):
         grid = self.dino_size[0] // PATCH, self.dino_size[1] // PATCH
         return last.unflatten(1, grid), mid4.unflatten(1, grid)
 
+    def upsampled(self, maps):
+        """(N, h, w, C) on DINOv2's grid -> (N, H, W, C), as large as the codes, bilinear."""
+        maps = F.interpolate(maps.permute(0, 3, 1, 2), self.code_size, mode="bilinear",
+                             align_corners=False)
+        return maps.permute(0, 2, 3, 1)
+
     def mask_and_losses(self, last):
         """last (N, h, w, D) -> soft mask (N, 2, H, W), its losses, weighted."""
-        pixels = upsampled(last, self.code_size).flatten(0, 2)
+        pixels = self.upsampled(last).flatten(0, 2)
         mask, reconstruction = self.mask_branch(pixels)
         mask = mask.unflatten(0, (-1, *self.code_size)).permute(0, 3, 1, 2)
         # smooth_mask moves nothing (see smooth_loss): kept for the release's sum of losses.
@@ -265,7 +265,7 @@ class SASGL(nn.Module):
         """mid4 (N, h, w, 4D), silhouette (N, H, W) -> denoising and appearance code (N, 16, H, W).
         The branches see the foreground alone: their batch norms' statistics are the body's."""
         where = silhouette.nonzero(as_tuple=True)
-        pixels = upsampled(mid4, self.code_size)[where]    # (M, 4D)
+        pixels = self.upsampled(mid4)[where]    # (M, 4D)
         return [self.code_of(branch, pixels, where, len(silhouette))
                 for branch in (self.denoising_branch, self.appearance_branch)]
 

@@ -19,7 +19,7 @@ import warnings
 import zipfile
 import zlib
 
-from support.files import UserError
+from support.files import ROOT, UserError
 from support.weights import download, load_strictly, named_tensors, read_tensors
 
 import torch
@@ -48,8 +48,7 @@ CLIP_MODELS = {
                  "text_width": 512, "text_depth": 12, "text_heads": 8, "words": 49408},
     "tiny": TINY_SIZES, "tiny-random": TINY_SIZES}
 TINY, RANDOM = "tiny", "tiny-random"
-TINY_FILE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets",
-                         "tiny_clip.pt")
+TINY_FILE = os.path.join(ROOT, "assets", "tiny_clip.pt")
 CLIP_SHA256 = "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"
 CLIP_URL = f"https://openaipublic.azureedge.net/clip/models/{CLIP_SHA256}/ViT-B-16.pt"
 
@@ -66,7 +65,8 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
         self.out_proj = nn.Linear(dim, dim)
 
-    def forward(self, x, context=None, causal=False):
+    def queries_keys_values(self, x, context=None):
+        """-> three of (N, heads, L or M, D / heads)."""
         if context is None:
             q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
         else:
@@ -74,17 +74,17 @@ class Attention(nn.Module):
             q = F.linear(x, self.in_proj_weight[:D], self.in_proj_bias[:D])
             kv = F.linear(context, self.in_proj_weight[D:], self.in_proj_bias[D:])
             k, v = kv.chunk(2, dim=-1)
-        q, k, v = self.split_heads(q), self.split_heads(k), self.split_heads(v)
+        return self.split_heads(q), self.split_heads(k), self.split_heads(v)
+
+    def forward(self, x, context=None, causal=False):
+        q, k, v = self.queries_keys_values(x, context)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
     def weights(self, x, context):
         """How much each of x (N, L, D) reads of each of context (N, M, D): (N, L, M), the heads'
         mean. For pictures: forward never forms it."""
-        D = x.shape[-1]
-        q = self.split_heads(F.linear(x, self.in_proj_weight[:D], self.in_proj_bias[:D]))
-        k = self.split_heads(F.linear(context, self.in_proj_weight[D:2 * D],
-                                      self.in_proj_bias[D:2 * D]))
+        q, k, _ = self.queries_keys_values(x, context)
         scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5    # (N, heads, L, M)
         return scores.softmax(-1).mean(1)
 
@@ -279,10 +279,11 @@ def load_clip(name, weights=None, pretrained=True):
     By default OpenAI's file, downloaded once and cached; weights: a local copy of it;
     pretrained=False: random, to be filled by a checkpoint. `tiny` lies in assets/. Raises
     UserError."""
-    clip = CLIP(**clip_sizes(name))
+    sizes = clip_sizes(name)
     if name in (TINY, RANDOM) and weights:
         raise UserError(f"--clip {name} reads no weights; drop --clip-weights, or take "
                         "--clip ViT-B-16")
+    clip = CLIP(**sizes)
     if pretrained and name != RANDOM:
         path = TINY_FILE if name == TINY else weights or fetch_official()
         load_strictly(clip, read_clip(path), f"{path} (as CLIP {name})")

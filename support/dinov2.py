@@ -15,7 +15,7 @@ import os
 import re
 import warnings
 
-from support.files import UserError
+from support.files import ROOT, UserError
 from support.weights import download, load_strictly, named_tensors, read_tensors
 
 import torch
@@ -30,8 +30,7 @@ DINOV2 = {"dinov2_vits14": (384, 12, 6, 0), "dinov2_vits14_reg": (384, 12, 6, 4)
           "dinov2_vitl14": (1024, 24, 16, 0), "dinov2_vitl14_reg": (1024, 24, 16, 4),
           "tiny": (32, 4, 1, 0), "tiny-random": (32, 4, 1, 0)}
 TINY, RANDOM = "tiny", "tiny-random"
-TINY_FILE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets",
-                         "tiny_dinov2.pt")
+TINY_FILE = os.path.join(ROOT, "assets", "tiny_dinov2.pt")
 RANDOM_SEED = 1002
 # Pinned: the code that will run.
 DINOV2_HUB = "facebookresearch/dinov2:b8931f7bf91576930313be2c6d6af376033b35f0"

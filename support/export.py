@@ -25,7 +25,6 @@ from unittest.mock import patch
 from support.files import UserError, in_short, write_atomic
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 
@@ -40,15 +39,12 @@ def maps_by_both_stems(self, frames, modality):
 
 def codes_everywhere(self, mid4, silhouette):
     """In place of SASGL.codes_of."""
-    maps = F.interpolate(mid4.permute(0, 3, 1, 2), self.code_size, mode="bilinear",
-                         align_corners=False)
-    N, _, H, W = maps.shape
-    pixels = maps.permute(0, 2, 3, 1).flatten(0, 2)    # (N*H*W, 4D)
+    pixels = self.upsampled(mid4)    # (N, H, W, 4D)
     is_body = (silhouette > 0)[:, None]
     codes = []
     for branch in self.denoising_branch, self.appearance_branch:
-        code = branch(pixels).view(N, H, W, self.channels).permute(0, 3, 1, 2)
-        codes.append(code * is_body)
+        code = branch(pixels.flatten(0, 2)).unflatten(0, pixels.shape[:3])
+        codes.append(code.permute(0, 3, 1, 2) * is_body)
     return codes
 
 

@@ -13,6 +13,8 @@ import json
 import os
 import re
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))    # of this repository
+
 
 class UserError(Exception):
     """Anything a user can cause or cure: one line that says what was found, what was expected and

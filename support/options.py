@@ -26,7 +26,7 @@ import traceback
 from contextlib import contextmanager
 from dataclasses import field, fields
 
-from support.files import UserError, in_short, printable
+from support.files import ROOT, UserError, in_short, printable
 
 from tqdm import tqdm
 
@@ -154,6 +154,7 @@ def stored_config(config_class, values, what):
 
 # ------------------------------------------------------- code of one's own ----
 
+PACKAGE = __name__.removesuffix("support.options")    # "", or "vvireid.", where we are part of it
 METHODS = {"dinogrl": "model.py:DinoGRL", "lsmrl": "lsmrl.py:LSMRL"}
 
 
@@ -186,17 +187,15 @@ def load_own(option, name, expected):
     if not os.path.isfile(path):
         raise UserError(f"{what}: no file {path}; check the path")
     folder, file = os.path.split(path)
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    package = __name__.removesuffix("support.options")    # "vvireid.", where we are part of it
-    for where in (folder,) if package else (root, folder):
+    for where in (folder,) if PACKAGE else (ROOT, folder):
         if where not in sys.path:
             sys.path.append(where)
     module_name = file.removesuffix(".py")
     if "." in module_name:
         raise UserError(f"{what}: Python cannot import {file}; give it a name of one dot")
     with one_line(what, path):
-        if package:
-            module = sys.modules[package[:-1]].import_file(module_name, path)
+        if PACKAGE:
+            module = sys.modules[PACKAGE[:-1]].import_file(module_name, path)
         else:
             module = importlib.import_module(module_name)
     found = getattr(module, "__file__", None)    # none of what is built into Python
@@ -214,8 +213,7 @@ def load_method(name):
     warm_up_steps as in model.py."""
     if name in METHODS:
         file, class_name = METHODS[name].split(".py:")
-        package = __name__.removesuffix("support.options")    # "vvireid.", where we are part of it
-        return getattr(importlib.import_module(package + file), class_name)
+        return getattr(importlib.import_module(PACKAGE + file), class_name)
     known = f"{', '.join(METHODS)}, or FILE.py:CLASS of your own"
     path, method = load_own("--method", name, known)
     if not hasattr(method, "Options"):

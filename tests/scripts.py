@@ -43,6 +43,20 @@ TINY_LSMRL = str.split(
     "--method lsmrl --preset small --epochs 1 --steps 2 --identities 2 --frames 2 "
     "--size 32 16 --groups 2 --test-frames 0")
 
+def small_network(name, **changes):
+    """A network of six classes, smaller than the small preset's, the same at each call, wholly in
+    training mode."""
+    method, config_class = train.method_and_config(name)
+    small = {**method.Options.small, **changes}
+    if name == "dinogrl":
+        small |= {"width": 8, "dim": 8, "dino_size": (112, 56), "code_size": (16, 8),
+                  "gait_strides": (1, 1, 1, 1)}
+    else:
+        small["size"] = (64, 32)
+    torch.manual_seed(0)
+    return method(config_class(**small), 6).train()
+
+
 # What hangs is to end some day; a busy machine is no reason to end.
 HOUR = 3600
 

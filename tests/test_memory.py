@@ -7,7 +7,17 @@ from types import SimpleNamespace
 
 import train
 from data import load_dataset
-from scripts import TINY, TINY_LSMRL, edit, fails, here, same_bits, succeeds, tensors_of
+from scripts import (
+    TINY,
+    TINY_LSMRL,
+    edit,
+    fails,
+    here,
+    same_bits,
+    small_network,
+    succeeds,
+    tensors_of,
+)
 from support import clip, resnet
 from walkers import make_walkers
 
@@ -264,15 +274,7 @@ def read_all(folder):
 
 def small_net(name, **changes):
     """A small network, the same at each call, wholly in training mode."""
-    method, configuration = train.method_and_config(name)
-    small = {**method.Options.small, **changes}
-    if name == "dinogrl":
-        small |= {"width": 8, "dim": 8, "dino_size": (112, 56), "code_size": (16, 8),
-                  "gait_strides": (1, 1, 1, 1)}
-    else:
-        small["size"] = (64, 32)
-    torch.manual_seed(0)
-    net = method(configuration(**small), 6).train()
+    net = small_network(name, **changes)
     generator = torch.Generator().manual_seed(1)
     for parameter in net.parameters():    # what starts at zero would hide its gradient's way
         parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)

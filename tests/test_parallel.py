@@ -19,6 +19,7 @@ from scripts import (
     here,
     results_of,
     same_bits,
+    small_network,
     start,
     succeeds,
     tensors_of,
@@ -105,15 +106,7 @@ def train_with(words):
 # ------------------------------------------------------ one step of one batch ----
 
 def small_model(name):
-    method, kind = train.method_and_config(name)
-    small = dict(method.Options.small)
-    if name == "dinogrl":
-        small |= {"width": 8, "dim": 8, "dino_size": (112, 56), "code_size": (16, 8),
-                  "gait_strides": (1, 1, 1, 1)}
-    else:
-        small["size"] = (64, 32)
-    torch.manual_seed(0)
-    model = method(kind(**small), 6).train()
+    model = small_network(name)
     for child, part in model.named_children():
         if name == "dinogrl" and not child.endswith("head"):
             # On a CPU each process has batch norms and dropout of its own.

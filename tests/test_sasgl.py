@@ -247,7 +247,7 @@ def test_background_is_zero_and_statistics_are_the_foreground_s_alone():
     outside = (codes.silhouette == 0)[:, None].expand(-1, 16, -1, -1)
     assert outside.any() and not outside.all()
     assert (codes.denoising[outside] == 0).all() and (codes.appearance[outside] == 0).all()
-    pixels = sasgl.upsampled(net.features(frames)[1], net.code_size)[codes.silhouette != 0]
+    pixels = net.upsampled(net.features(frames)[1])[codes.silhouette != 0]
     running_mean = net.denoising_branch.bn_s.running_mean
     torch.testing.assert_close(running_mean, 0.1 * pixels.mean(0))
 

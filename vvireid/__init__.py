@@ -43,7 +43,11 @@ def import_file(name, path):
     if name not in sys.modules:
         spec = spec_from_file_location(name, path, loader=Loader(name, path))
         sys.modules[name] = module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
+        try:
+            spec.loader.exec_module(sys.modules[name])
+        except BaseException:    # a half of it is not to be found by the next who asks
+            del sys.modules[name]
+            raise
     return sys.modules[name]
 
 
