@@ -63,8 +63,9 @@ DIRECTIONS = ("infrared->visible", "visible->infrared")    # query -> gallery
 @dataclass(frozen=True)
 class Tracklet:
     """One person before one camera: paths of its frames in order ("clip.gif#3": the picture of that
-    number, from 0, of an animated file). pid: a number below 10^9 or a name, all of a split (train,
-    test) alike. camera: "" where it is not known. modality: "visible" or "infrared"."""
+    number, from 0, of an animated file). pid: a natural number below 10^9 or a name, all of a
+    split (train, test) alike. camera: "" where it is not known. modality: "visible" or
+    "infrared"."""
     frames: tuple
     pid: int | str
     camera: str
@@ -340,7 +341,8 @@ def read_own(root, auxiliary):
     it has no such set."""
     dataset = Dataset(os.path.basename(os.path.abspath(root)), root)
     people = {split: own_people(dataset, split) for split in OWN_SPLITS}
-    # Apart: what the people of the test are called changes nothing of a run's training.
+    # Train and test separately: a single name among the test's people turns all of its numbers into
+    # names (as_pids), and is not to turn the training's.
     of_test = as_pids(people["query"] + people["gallery"])
     pids = {"train": as_pids(people["train"]), "query": of_test, "gallery": of_test}
     train, query, gallery = ([tracklet for person in people[split]
@@ -413,6 +415,7 @@ def own_tracklets(dataset, person, pids):
     mixed = [os.path.join(person, name) for name, depths in levels.items() if len(depths) > 1]
     dataset.problems += [f"{folder} has tracks inside and outside of cameras' folders; expected "
                          "one or the other" for folder in mixed]
+    # Folders with no folder in them, and no frame.
     empty = set(folders) - filled - {os.path.dirname(folder) for folder in folders}
     dataset.problems += [f"{folder} holds no frames; expected a track's: fill it or remove it"
                          for folder in sorted(empty)]
@@ -525,9 +528,9 @@ def fault_of(dataset):
         is_whole = t.frames and are_texts and t.modality in MODALITIES
         if not is_whole or type(t.frames) is not tuple or not is_pid(t.pid):
             return (f"a tracklet of {t.pid!r}, {t.camera!r}, {t.modality!r} and the frames "
-                    f"{in_short(repr(t.frames))}; expected pid: a number below 10^9 or a name, "
-                    f"camera: text, modality: {' or '.join(MODALITIES)}, frames: a tuple of paths "
-                    "as text")
+                    f"{in_short(repr(t.frames))}; expected pid: a natural number below 10^9 or a "
+                    f"name, camera: text, modality: {' or '.join(MODALITIES)}, frames: a tuple of "
+                    "paths as text")
     for split in (dataset.train, dataset.test):
         if len({type(t.pid) for t in split}) > 1:
             return "some pids as numbers and some as names; expected all of a split alike"
@@ -538,7 +541,7 @@ def fault_of(dataset):
 
 
 def is_pid(pid):
-    return type(pid) is str or (type(pid) is int and abs(pid) < 10 ** 9)
+    return type(pid) is str or (type(pid) is int and 0 <= pid < 10 ** 9)
 
 
 def are_directions(directions, number):
@@ -624,7 +627,7 @@ def check_identities(dataset):
         if unanswered:
             dataset.notes.append(f"{direction}: {unanswered} queries have no tracklet of their "
                                  "person in the gallery that counts: not scored")
-        # None of them, or there are no queries. Of an empty test set all is said above.
+        # No query has an answer, or there is no query. An empty test set was reported above.
         if dataset.test and unanswered == len(query):
             dataset.problems.append(f"{direction}: {len(query)} queries and a gallery of "
                                     f"{len(gallery)}, without one right answer; expected some")
@@ -666,7 +669,7 @@ def load_datasets(paths, auxiliary=False, reader=NO_READER):
     datasets = [load_dataset(path, auxiliary, reader) for path in paths]
     if len(datasets) == 1:
         return datasets[0]
-    if reader == NO_READER:    # which may say what it likes of a root
+    if reader == NO_READER:    # a reader of one's own may give any root
         check_once([dataset.root for dataset in datasets], paths)
     train, names = [], set()
     for path, dataset in zip(paths, datasets, strict=True):
@@ -819,8 +822,7 @@ def augment(frames, modality, rng, erase=0.5):
     (1 of 8). The numbers are drawn on the CPU: a GPU is not waited for."""
     B, T, C, H, W = frames.shape
     pad = round(10 * H / 256)
-    # All crops are drawn before the rest: kept in this order, so that a seed gives the same batches
-    # as before.
+    # All crops first: the order of the draws is part of what a seed means.
     crops = [(*rng.integers(2 * pad + 1, size=2), rng.random() < 0.5) for _ in range(B)]
     gray = GRAY[:, None, None].to(frames.device)
     fill = ERASED[:, None, None].to(frames.device)

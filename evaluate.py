@@ -186,7 +186,7 @@ def embed_tracklets(model, tracklets, config, device, rule="chunks", all_frames=
 
 def stacked(embeddings, N):
     """Something that yields N embeddings (parts, dim) -> one tensor (N, parts, dim)."""
-    result = None
+    result = None    # torch.stack(list(embeddings)) would hold all of them twice
     for i, embedding in enumerate(embeddings):
         if result is None:
             result = torch.empty(N, *embedding.shape)
@@ -303,8 +303,9 @@ def evaluate(model, dataset, config, device, *, reranked=False, all_frames=False
     """-> results, embeddings (N, parts, dim) and both Directions; in all processes but the first
     (None, None, None).
 
-    results: those of both directions, those of each stream alone, and the silhouettes' IoU. That is
-    results.json without method, dataset and seconds. reranked: the streams are re-ranked too."""
+    results: those of both directions, those of each stream alone, and the silhouettes' IoU. In
+    results.json method, dataset, seconds and what was special are added. reranked: the streams are
+    re-ranked too."""
     rule = chosen_rule(config, dataset)
     embeddings = embed_shared(model, dataset.test, config, device, rule=rule, all_frames=all_frames)
     if embeddings is None:
@@ -345,9 +346,10 @@ def ranked_lists(model, directions, top, words):
     return lists
 
 
-def tested_elsewhere(dataset, config):
-    """-> {"trained_on": ...}, for results, where a run was trained on what has another name than
-    the test set, or the same in another folder; else {}. Older runs do not know their name."""
+def training_note(dataset, config):
+    """-> {"trained_on": ...}, for results, where a run was trained elsewhere: on a dataset of
+    another name, or of the same name in another folder; else {}. Older runs do not know their
+    name."""
     name, folders, _ = config.trained_on
     is_there = os.path.realpath(config.data[0]) in map(os.path.realpath, folders)
     if not name or (name == dataset.name and is_there):
@@ -475,8 +477,8 @@ def silhouette_sheet(model, dataset, config, device, each=2):
     """What the model sees in `each` test tracklets of either modality, or of training where there
     are none -> a PIL image."""
     chosen = []
+    seen = dataset.test or dataset.train
     for modality in MODALITIES:
-        seen = dataset.test or dataset.train
         chosen += evenly([t for t in seen if t.modality == modality], each)
     return draw_silhouettes(list(look_at(model, dataset, chosen, config, device)))
 
@@ -491,9 +493,10 @@ def reading_sheet(model, dataset, config, device, people=2):
         by_pid.setdefault(tracklet.pid, {}).setdefault(tracklet.modality, tracklet)
     both = [found for found in by_pid.values() if len(found) == len(MODALITIES)]
     chosen = [found[m] for found in evenly(both, people) for m in (INFRARED, VISIBLE)]
-    # Their faces are at hand where the test set lies in the folder that was trained on.
+    # Pictures of training identities, for their sentences: at hand where the test set lies in the
+    # folder that was trained on.
     _, _, classes = config.trained_on
-    is_there = dataset.classes == list(classes) and not tested_elsewhere(dataset, config)
+    is_there = dataset.classes == list(classes) and not training_note(dataset, config)
     faces = {t.pid: t.frames[len(t.frames) // 2] for t in dataset.train
              if t.modality == VISIBLE and is_there}
     frames_of = Frames(chosen, size=config.size, T=4, rule=chosen_rule(config, dataset))
@@ -575,8 +578,8 @@ def open_gallery(args, model, config, device, scratch):
 
 
 def search(args, model, config, device):
-    """--query and --gallery: prints the ranked list of each query -> what --json writes, but
-    method, switches and seconds; None without --query. Raises UserError."""
+    """--query and --gallery: prints the ranked list of each query -> for --json, where main
+    adds method, rerank or all_frames, and seconds; None without --query. Raises UserError."""
     queries = own_tracklets(args.query, args.query_modality) if args.query else {}
     with TemporaryDirectory() as scratch:
         stored = open_gallery(args, model, config, device, scratch)
@@ -755,7 +758,7 @@ def check_arguments(args, overrides):
     """Raises UserError for what cannot be asked for, before anything is read."""
     if bool(args.checkpoint) == bool(args.official):
         raise UserError("expected one of --checkpoint RUN and --official DIR; see --help")
-    data = overrides.get("data", ("one",))
+    data = overrides.get("data", ("one",))    # not typed: a stand-in that passes both checks
     if "" in (args.gallery, args.query, *data) or not data:
         raise UserError("--query, --gallery or --data is empty; name a folder: is a shell variable "
                         "unset?")
@@ -854,6 +857,7 @@ def main():
 
 def report(args, model, config, device, head, start):
     """Evaluates on a benchmark; writes what was asked for and prints the table."""
+    # A checkpoint need not say.
     config.data = config.data or (os.path.join("runs", "walkers"),)
     dataset = load_datasets(config.data, reader=config.reader)
     if not dataset.test:
@@ -863,7 +867,7 @@ def report(args, model, config, device, head, start):
                                                all_frames=args.all_frames)
     if results is None:    # process 0 does the rest
         return
-    results = {**head, "dataset": dataset.name, **tested_elsewhere(dataset, config), **results,
+    results = {**head, "dataset": dataset.name, **training_note(dataset, config), **results,
                "seconds": round(time.time() - start, 1)}
     if args.json:
         write_json(args.json, results)

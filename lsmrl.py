@@ -132,9 +132,10 @@ def stfl(visual, frames, *, split, groups):
 
 
 def looks(visual, frames, *, split, groups):
-    """frames (B, T, 3, H, W) -> tokens (B, T, D) of stfl, and where each of them looks in the last
-    block: shares of the patches (B, T, h, w). None where that block is a grouped one, whose tokens
-    look into all frames. For pictures. [ours]"""
+    """frames (B, T, 3, H, W) -> tokens (B, T, D) of stfl, and how much the last block's tokens look
+    at each patch: shares (B, T, h, w). In a shifted block a frame's patches are looked at by the
+    tokens of other frames. None where it is a grouped one, whose tokens look into all frames. For
+    pictures. [ours]"""
     inputs = []
     block = visual.transformer.resblocks[-1]
     hook = block.attn.register_forward_pre_hook(lambda attention, given: inputs.append(given[0]))
@@ -146,7 +147,7 @@ def looks(visual, frames, *, split, groups):
     [x] = inputs    # (B*T, 1+N, D)
     shares = block.attn.weights(x[:, :1], x)[:, 0, 1:]    # (B*T, N)
     shares = shares.unflatten(0, frames.shape[:2])
-    if shifted:    # back to the frames that the patches come from
+    if shifted:    # rolled back: each share to the frame that its patch comes from
         shares = roll_patches(shares[..., None], visual.grid, sign=-1)[..., 0]
     return tokens, shares.unflatten(2, visual.grid)
 
@@ -358,7 +359,7 @@ class Options:
             raise UserError(f"--split {as_typed(self.split)}; expected three numbers that add up "
                             f"to the {depth} blocks of {self.clip}")
         rows = height // patch
-        _, grouped, _ = self.split    # three numbers: see check_ranges
+        _, grouped, _ = self.split    # an option with limits has as many numbers as its default
         if grouped and rows % self.groups:
             raise UserError(f"--groups {self.groups}; expected a divisor of the {rows} rows of "
                             "patches")
@@ -428,13 +429,13 @@ class LSMRL(nn.Module):
         return tokens.mean(1)
 
     def embed(self, frames, modality):
-        """frames (B, T, 3, H, W), modality (B,), not used -> (B, 1, D + d)
-        float32, z and f of length 1 each."""
+        """frames (B, T, 3, H, W), modality (B,), not used -> (B, 1, D + d) float32, z and f of
+        length 1 each."""
         _, z, f = self.features(frames, self.bank)
         return side_by_side(z, f)[:, None]
 
     def reading(self, frames):
-        """frames (B, T, 3, H, W) -> where each frame's token looks, (B, T, h, w) or None, and how
+        """frames (B, T, 3, H, W) -> where tokens look, (B, T, h, w) or None (see looks), and how
         much each tracklet reads of each training identity's sentence, (B, C) or None. For
         pictures."""
         tokens, look = looks(self.clip.visual, frames, split=self.config.split,
@@ -460,7 +461,7 @@ class LSMRL(nn.Module):
             self.bank.copy_(text.detach())
         tokens, z, f = self.features(frames, text)
         streams = {"z": z, "f": f}
-        if self.cmi is not None:    # under its name: c
+        if self.cmi is not None:    # c, under the name of the module that gives it
             streams["cmi"] = self.cmi(tokens, partners(modality, label)).float()
 
         # Tracklets are compared with those of all processes.

@@ -190,15 +190,10 @@ class DinoGRL(nn.Module):
 
     def __init__(self, config, classes, pretrained=True):
         super().__init__()
-        self.config, self.classes = config, classes
+        self.config = config
         width, blocks, dim, strips = config.width, config.blocks, config.dim, config.strips
         refined = len(strips) - 1 if config.gait and config.pbmge else 0
         self.n_parts = sum(strips) + refined    # of a stream: 35 = 31 + 4
-        # Before the rest: torch.hub draws random numbers too, and a seed is to give the same
-        # weights as before.
-        if config.gait:
-            dinov2 = load_dinov2(config.dinov2, config.dinov2_weights, pretrained)
-
         self.visible_stem, self.infrared_stem = Stem(width), Stem(width)
         self.backbone = Stages(width=width, blocks=blocks, strides=config.strides)
         channels = self.backbone.out_channels    # 2048
@@ -206,6 +201,7 @@ class DinoGRL(nn.Module):
         self.appearance_head = Head(parts=self.n_parts, dim=dim, classes=classes)
         self.sasgl = self.pbmge = None
         if config.gait:
+            dinov2 = load_dinov2(config.dinov2, config.dinov2_weights, pretrained)
             stages = Stages(width=width, blocks=blocks, strides=config.gait_strides)
             self.sasgl = SASGL(dinov2=dinov2, backbone=stages, width=width,
                                dino_size=config.dino_size, code_size=config.code_size)

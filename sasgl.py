@@ -92,7 +92,8 @@ def refine_edges(body):
 
 def smooth_loss(maps):
     """Maps (N, C, H, W) -> scalar: |Sobel x| + |Sobel y| of the channels' sum, per value. Few,
-    closed regions are cheap.
+    closed regions are cheap. Of the denoising code all channels but the last are summed (see
+    encode): what costs is the border of the last one's region, and the body's outline.
 
     The mask's two channels sum to 1 everywhere. Its only edges are those of the zero padding: a
     constant, without a gradient. (The release reads pixel-major memory as channel-major there, so

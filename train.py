@@ -56,7 +56,7 @@ from evaluate import (
     method_of,
     silhouette_sheet,
     table,
-    tested_elsewhere,
+    training_note,
 )
 from support.files import (
     RunFolder,
@@ -166,7 +166,8 @@ class Config(EvaluationOptions):
 # -------------------------------------------------------------- the loop ----
 
 def train(config, method, dataset, device, run, checkpoint):
-    """A whole run: builds, loops, evaluates. checkpoint: the one to go on from, or None."""
+    """A whole run: builds, loops, evaluates. run: its RunFolder (.resume: the folder to go on from
+    or None; .log: a dict for each epoch). checkpoint: the one to go on from, or None."""
     rank, _ = processes()
     loader = training_loader(config, dataset, device)
     label_of = {pid: label for label, pid in enumerate(dataset.classes)}
@@ -265,6 +266,7 @@ def training_data(config):
     if not dataset.train:
         raise UserError(f"nobody to train on in {as_typed(config.data)}; expected train/, or a "
                         "benchmark; evaluate.py can test on it")
+    # For the checkpoint; declared in EvaluationOptions.
     config.trained_on = dataset.train_name or dataset.name, config.data, dataset.classes
     return dataset
 
@@ -417,7 +419,8 @@ def warm_up(model, loader, config, device):
     model.train()
     module = model.warm_up_module
     optimizer = torch.optim.Adam(module.parameters(), lr=model.warm_up_lr)
-    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1, end_factor=0,
+                                                  total_iters=steps)
     with Bar("warm-up", steps, keep=True, hidden=rank > 0) as bar:
         for step, (frames, modality, _) in enumerate(warm_up_batches(loader, steps)):
             rng = np.random.default_rng([config.seed, WARM_UP_EPOCH, step, rank])
@@ -458,7 +461,8 @@ def untracked(module):
 
 def recompute_activations(model):
     """--checkpoint-activations: the modules of `model` whose class says `recomputable` keep their
-    input alone and compute the rest once more in the backward pass. [ours]"""
+    input alone and compute the rest once more in the backward pass, by torch.utils.checkpoint.
+    [ours]"""
     def contexts(module):
         # (context of the forward pass, context of its repetition): statistics move in the first
         # alone.
@@ -578,7 +582,7 @@ def catch_up_evaluation(model, dataset, config, device, run, epoch):
     """A run may have been stopped after its last checkpoint and before the evaluation that was
     due."""
     # Without rank-1 in the log's last line there was none: report adds it. After the last epoch
-    # train reports in any case.
+    # train itself reports, behind its loop.
     if run.log and epoch < config.epochs and is_due(epoch, config) and "rank-1" not in run.log[-1]:
         report(model, dataset, config, device, run, epoch)
 
@@ -597,7 +601,7 @@ def report(model, dataset, config, device, run, epoch):
     if results is not None:    # process 0
         trained = sum(line.get("seconds", 0) for line in run.log)
         results = {"method": config.method, "dataset": dataset.name,
-                   **tested_elsewhere(dataset, config), **results,
+                   **training_note(dataset, config), **results,
                    "seconds": round(trained + time.time() - start, 1)}
         write_json(run.file("results.json"), results)
         if run.log:
@@ -665,7 +669,7 @@ def read_command_line(words=None):
     runs.add_argument("--resume", metavar="RUN", help="a run's folder; other options given here "
                       "override its own")
     add_options(parser, config_class, method.Options.small)
-    given = given_options(parser.parse_args(words))    # what was typed: Parser drops defaults
+    given = given_options(parser.parse_args(words))    # Parser leaves out what was not typed
     preset, run_path = given.pop("preset", None), given.pop("run", None)
     empty = [name for name in ("method", "resume", "data")
              if name in given and not (given[name] and all(given[name]))]
@@ -681,7 +685,8 @@ def read_command_line(words=None):
             resume = os.path.dirname(resume) or "."
         run_path = run_path or resume
     else:
-        is_real = not all(map(is_walkers, given.get("data", ())))
+        folders = given.get("data", ())    # none: walkers will be drawn
+        is_real = not all(is_walkers(folder) for folder in folders)
         preset = preset or ("paper" if is_real else "small")
         changed = method.Options.small if preset == "small" else {}
         config = config_class(**{**changed, **given})

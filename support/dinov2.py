@@ -209,18 +209,19 @@ def load_dinov2(name, weights=None, pretrained=True):
         raise UserError(f"--dinov2 {name} reads no weights; drop --dinov2-weights, or name the "
                         "model the file belongs to, such as --dinov2 dinov2_vits14")
     dim, depth, heads, registers = DINOV2[name]
+    # What is drawn in here (torch.hub draws too) moves no other weights of a seed.
     with torch.random.fork_rng(devices=[]):
         # `tiny-random` is the same network in every run, as a pre-trained one would be. The CPU's
         # generator alone: nobody would set the GPUs' back.
         torch.default_generator.manual_seed(RANDOM_SEED)
         dinov2 = DinoVisionTransformer(dim=dim, depth=depth, heads=heads, registers=registers)
-    if pretrained and name != RANDOM:
-        file = TINY_FILE if name == TINY else weights
-        if file:
-            tensors = with_official_names(named_tensors(read_tensors(file), file))
-        else:
-            tensors = fetch_official(name)
-        load_strictly(dinov2, tensors, f"{file or 'torch.hub'} (as {name})")
+        if pretrained and name != RANDOM:
+            file = TINY_FILE if name == TINY else weights
+            if file:
+                tensors = with_official_names(named_tensors(read_tensors(file), file))
+            else:
+                tensors = fetch_official(name)
+            load_strictly(dinov2, tensors, f"{file or 'torch.hub'} (as {name})")
     return dinov2.requires_grad_(False).eval()
 
 

@@ -192,7 +192,7 @@ def expanded_sets(neighbours, k1):
         mine = neighbours[rows, :k]    # (b, k): the candidates j
         is_member = torch.zeros(len(rows), N, dtype=torch.bool, device=device)
         is_member.scatter_(1, mine, in_R[rows])
-        # R(j, k1/2): those of theirs for whom is_theirs.
+        # The k1/2 nearest of each candidate j, and which of them are in R(j, k1/2).
         theirs, is_theirs = neighbours[mine, :half], in_R_half[mine]    # (b, k, half)
         # |R(i, k1) & R(j, k1/2)| > 2/3 |R(j, k1/2)|
         is_common = is_member.gather(1, theirs.flatten(1)).view_as(theirs) & is_theirs
@@ -259,8 +259,8 @@ def jaccard_distances(V, Q):
         last = min(first + 64, Q)
         begin, end = torch.searchsorted(row, torch.tensor([first, last], device=V.device)).tolist()
         mine = column[begin:end]
-        # (pairs,): each entry of the block with each of the gallery's entries of its column, so it
-        # comes as often as there are such.
+        # (pairs,): each entry of the block with each of the gallery's entries of its column.
+        # (Of sizes alone repeat_interleave gives 0 size[0] times, 1 size[1] times, ...)
         query_entry = begin + torch.repeat_interleave(size[mine])
         gallery_entry = ranges(start[mine], size[mine])
         smaller = torch.minimum(value[query_entry], gallery_value[gallery_entry])
