@@ -258,7 +258,7 @@ def train_all(runs, jobs):
     for run in done:
         run.tell("done before")
     configs = [run.variant.config for run in waiting]
-    for config in {(c.data, c.auxiliary, c.reader): c for c in configs}.values():
+    for config in {(c.data, c.people, c.auxiliary, c.reader): c for c in configs}.values():
         # Draws walkers, once; refuses a wrong --data now.
         if not train.training_data(replace(config)).test:
             raise UserError(f"nothing to test on in {as_typed(config.data)}; expected a test set, "

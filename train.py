@@ -54,6 +54,7 @@ from evaluate import (
     has_silhouettes,
     joined,
     method_of,
+    reading_sheet,
     silhouette_sheet,
     table,
     training_note,
@@ -130,6 +131,9 @@ class Config(EvaluationOptions):
     auxiliary: bool = option(
         False, "BUPTCampus: train on its auxiliary set too; about twice the identities",
         group="data")
+    people: int = option(
+        96, "training identities of the walkers that are drawn where --data is missing",
+        least=2, most=8000, group="data")
     erase: float = option(
         0.5, "probability of random erasing; lower it for short runs, which underfit",
         least=0, most=1, group="data")
@@ -258,10 +262,11 @@ def how_to_go_on(run):
 def training_data(config):
     """The Dataset that --data names, or walkers, drawn if they are not there. Raises UserError."""
     if not config.data:
-        config.data = (os.path.join("runs", "walkers"),)
+        drawn = "walkers" if config.people == Config.people else f"walkers-{config.people}"
+        config.data = (os.path.join("runs", drawn),)
         with first_goes_first():
             if processes()[0] == 0:    # one process in all draws; the others wait
-                walkers.make_walkers(*config.data)
+                walkers.make_walkers(*config.data, train_identities=config.people)
     dataset = load_datasets(config.data, config.auxiliary, config.reader)
     if not dataset.train:
         raise UserError(f"nobody to train on in {as_typed(config.data)}; expected train/, or a "
@@ -627,6 +632,10 @@ def draw_pictures(model, dataset, config, device, run, epoch):
         name = f"silhouettes-{epoch}.png"
         write_picture(run.file(name), silhouette_sheet(model, dataset, config, device))
         words += f"; {name} shows what the model sees"
+    if hasattr(model, "reading") and dataset.test:
+        name = f"reading-{epoch}.png"
+        write_picture(run.file(name), reading_sheet(model, dataset, config, device))
+        words += f"; {name} shows where it looks, and whose sentences it reads"
     if run.log:
         title = f"{config.method} on {config.trained_on[0]}"
         write_picture(run.file("curves.png"), draw_curves(run.log, title))

@@ -32,18 +32,19 @@ more frames of a few.
 
 **clip: contrastive language-image training** (Radford et al., 2021). Nobody says which class a
 picture is of; it comes with a sentence, and the two are to find one another. A step takes P people,
-each by day, by night, and in words (walkers.py writes what everyone wears):
+each by day and in words (walkers.py writes what everyone wears):
 
-    visible frames  (P,3,128,64) -> image side -> visible  (P,64) --+
-    infrared frames (P,3,128,64) -> image side -> infrared (P,64) --+-> three tables (P,P) of
-    sentences (P,L) -------------> text side  -> text     (P,64) --+   cosines, row against column
+    visible frames (P,3,128,64) -> image side -> image (P,64) --+-> a table (P,P) of cosines,
+    sentences (P,L) -------------> text side  -> text  (P,64) --+   row against column
 
-In each table the cosine in the diagonal, of what belongs together, is to be the largest of its row
-and of its column: cross-entropy, both ways, with a temperature that is learned. The other P - 1 are
-what it is told from; so the more people in a step, the more must be told. What no sentence says (a
-colour, a place) is of no use, and what every sentence says alike, by day and by night (a striped
-coat, a backpack), must be found in either modality: that is LSMRL's idea, before any identity is
-learned. The third table (visible against infrared) is not CLIP's: it helps where frames are few.
+The cosine in the diagonal, of what belongs together, is to be the largest of its row and of its
+column: cross-entropy, both ways, with a temperature that is learned. The other P - 1 are what it is
+told from; so the more people in a step, the more must be told. What no sentence says (a colour, a
+place) is of no use; what it says (a striped coat, a backpack) must be found in the picture.
+
+CLIP's pictures are photographs, and so are ours: it sees no infrared frame. What it makes of the
+night it owes to the spoiled views, and to words, which name nothing that the night takes away. The
+rest of the way is LSMRL's to learn.
 
 The last line of either says how well it does on frames it has not trained on.
 
@@ -68,6 +69,7 @@ import torch.nn.functional as F
 from torch import nn
 
 EACH = 6    # frames of a person in a modality, for clip
+VISIBLE, INFRARED = 0, 1
 HELD_OUT = 1 / 20    # a share of the people, to look at in the end
 COMPONENTS = 48    # principal components of a level that the student is to give
 FRAME, SEEN = (128, 64), (280, 140)    # the frames' size, and what both networks see
@@ -295,19 +297,17 @@ def train_clip(model, people, steps, batch, lr, generator):
     with Bar("contrasting", steps, keep=True) as bar:
         for _ in range(steps):
             chosen = torch.randperm(len(people.words), generator=generator)[:batch]
-            day, night = torch.randint(EACH, (2, len(chosen)), generator=generator)
-            frames = torch.cat([people.frames[chosen, 0, day], people.frames[chosen, 1, night]])
-            visible, infrared = image_features(model, views(frames, generator)).chunk(2)
+            which = torch.randint(EACH, (len(chosen),), generator=generator)
+            frames = people.frames[chosen, VISIBLE, which]
+            image = image_features(model, views(frames, generator))
             text = text_features(model, people.words[chosen], people.end[chosen])
             scale = model.logit_scale.exp().clamp(max=100)
-            losses = (contrastive_loss(visible, text, scale),
-                      contrastive_loss(infrared, text, scale),
-                      contrastive_loss(visible, infrared, scale))
+            loss = contrastive_loss(image, text, scale)
             optimizer.zero_grad()
-            sum(losses).backward()
+            loss.backward()
             optimizer.step()
             schedule.step()
-            bar.update(note="loss " + " ".join(f"{loss.item():.2f}" for loss in losses))
+            bar.update(note=f"loss {loss.item():.2f}")
 
 
 @torch.no_grad()
@@ -315,7 +315,7 @@ def found_by_sentence(model, people):
     """-> the share of people whose own sentence is the nearest of all, by day and by night."""
     text = text_features(model, people.words, people.end)
     shares = []
-    for modality in (0, 1):
+    for modality in (VISIBLE, INFRARED):
         image = image_features(model, people.frames[:, modality, 0] / 255)
         nearest = (image @ text.t()).argmax(1)
         shares.append((nearest == torch.arange(len(text))).float().mean().item())
@@ -337,7 +337,7 @@ def make_clip(args, generator):
 # ----------------------------------------------------------- command line ----
 
 DEFAULTS = {"dinov2": {"out": "tiny_dinov2.pt", "steps": 8000, "batch": 16},
-            "clip": {"out": "tiny_clip.pt", "steps": 4000, "batch": 64}}
+            "clip": {"out": "tiny_clip.pt", "steps": 8000, "batch": 64}}
 
 
 def command_line():
@@ -350,7 +350,7 @@ def command_line():
     parser.add_argument("--frames", type=int, metavar="N",
                         help="dinov2: to learn from; a twentieth more is held out (3200)")
     parser.add_argument("--out", metavar="FILE", help="where it goes (tiny_PRIOR.pt)")
-    for name, text in (("steps", "of training (8000, 4000)"),
+    for name, text in (("steps", "of training (8000)"),
                        ("batch", "frames or people of a step (16, 64)"),
                        ("seed", "of the weights and of what they see (1)")):
         parser.add_argument(f"--{name}", type=int, metavar="N", help=text)

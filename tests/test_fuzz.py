@@ -258,7 +258,8 @@ BEYOND = {    # configurations of what no option allows: for evaluate.py and tra
     },
 }
 BEYOND_TRAINING = {    # ... and for train.py
-    "seed": [10 ** 24, -1, 1.5], "epochs": [10 ** 9, -1], "steps": [10 ** 12, 0],
+    "people": [1, 10 ** 9], "seed": [10 ** 24, -1, 1.5], "epochs": [10 ** 9, -1],
+    "steps": [10 ** 12, 0],
     "identities": [10 ** 12, 1], "tracklets": [10 ** 9, 0], "erase": [5, NAN],
     "lr": [1e300, NAN, float("inf"), 0, "x", 10 ** 400], "weight_decay": [1e300, -1],
     "milestones": [(5, 4), ("a",), [4, 5]], "warmup_epochs": [10 ** 9], "precision": ["int8", ""],

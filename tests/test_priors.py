@@ -104,7 +104,7 @@ def test_too_few_frames_are_refused(walkers, monkeypatch, tmp_path):
 
 # ------------------------------------------------------------------ clip ----
 
-CLIP_DIGEST = "3f5c98fff6d8984c6750f86dfafad2265e1421de1e8fab9d50a86c129a796e01"
+CLIP_DIGEST = "221f5fddb5ff20b91c147bc7d008d65117778c6b3b12d240bcdb02c4376572b7"
 
 
 def test_the_shipped_clip_is_this_one_and_no_random_one():

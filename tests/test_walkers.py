@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import train
 import walkers
 from support import pedestrian
 from support.clip import VOCABULARY
@@ -498,3 +499,20 @@ def test_everyone_comes_with_a_sentence_in_words_that_the_tiny_clip_knows(small)
     for pid in range(1, 50):
         dressed = sentence_of(5, pid, uniform=True)
         assert "person in a banded jacket and plain trousers with a cap ." in dressed
+
+
+@pytest.mark.parametrize("people, folder", [(96, "walkers"), (320, "walkers-320")])
+def test_training_without_data_draws_as_many_as_people_says(people, folder, small, tmp_path,
+                                                            monkeypatch):
+    drawn = []
+
+    def draw(root, **how):
+        drawn.append((root, how))
+        shutil.copytree(small, root)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(walkers, "make_walkers", draw)
+    config = train.Config(people=people)
+    assert len(train.training_data(config).train) == 12
+    assert drawn == [(os.path.join("runs", folder), {"train_identities": people})]
+    assert config.data == (os.path.join("runs", folder),) and config.trained_on[0] == "walkers"
