@@ -115,7 +115,7 @@ class Options:
     mask_branch: str = option("", "BigGait's MaskBranch_vits14.pt; spares the warm-up")
     mask_warmup: int = option(
         250, "steps that train the mask bottleneck alone, before the rest may use it; after 30 "
-        "some silhouettes are inverted, after 500 they are no better (docs/results.md)",
+        "some silhouettes are inverted, after 500 they are no better (docs/weights.md)",
         least=0, most=1_000_000)
     mask_lr: float = option(1e-2, "learning rate of that warm-up", least=1e-12, most=100)
     gait: bool = option(True, "off removes the whole gait stream")

@@ -39,6 +39,7 @@ from test_lsmrl import official_tensors, save_archive
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 DIRECTIONS = {"infrared->visible", "visible->infrared"}
 
@@ -137,6 +138,13 @@ def test_each_stream_alone_is_in_the_table_the_results_and_the_log(trained, trai
                 assert line.split() == [name, "alone", *ranks]
                 for key in "rank-1", "mAP":
                     assert log["streams"][name][key][direction] == r[key]
+
+
+def test_lsmrl_draws_what_it_reads(trained_lsmrl):
+    folder, result = trained_lsmrl
+    assert "reading-1.png shows where it looks" in result.stdout
+    with Image.open(folder / "reading-1.png") as sheet:
+        assert sheet.width > 400
 
 
 def test_a_log_gets_one_line_an_epoch(trained, trained_lsmrl):
