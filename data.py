@@ -100,12 +100,12 @@ class Dataset:
         # order.
         query, gallery = list(dict.fromkeys(query)), list(dict.fromkeys(gallery))
         self.test = list(dict.fromkeys(query + gallery))
-        place = {tracklet: i for i, tracklet in enumerate(self.test)}
+        index_of = {tracklet: i for i, tracklet in enumerate(self.test)}
         for direction in DIRECTIONS:
             query_modality, gallery_modality = direction.split("->")
             self.directions[direction] = (
-                [place[t] for t in query if t.modality == query_modality],
-                [place[t] for t in gallery if t.modality == gallery_modality])
+                [index_of[t] for t in query if t.modality == query_modality],
+                [index_of[t] for t in gallery if t.modality == gallery_modality])
 
     @property
     def classes(self):
@@ -147,12 +147,12 @@ def read_hitsz(root, info, auxiliary):
     for row, tracklet in enumerate(rows["test"]):
         if not tracklet or len(tracklet.frames) < SHORTEST:
             continue
-        place = len(dataset.test)
+        index = len(dataset.test)
         dataset.test.append(tracklet)
         if row in query_rows:    # queries are infrared
-            infrared.append(place)
+            infrared.append(index)
         elif tracklet.modality == VISIBLE:
-            visible.append(place)
+            visible.append(index)
         else:
             in_no_direction += 1
     dataset.directions = {DIRECTIONS[0]: (infrared, visible), DIRECTIONS[1]: (visible, infrared)}

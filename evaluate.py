@@ -142,13 +142,12 @@ def frames_in_test(config):
 
 # ------------------------------------------------------------- embeddings ----
 
-def clips(tracklet, T, rule="chunks"):
+def clips(tracklet, T):
     """--all-frames: a tracklet of n frames -> ceil(n / T) of T frames each, which together hold
-    every frame (by the rules chunks and linspace): 13 frames, T = 6 -> 3 clips. Clip j takes the
-    j-th frame of each of T chunks, so that each spans the whole walk, as the clips of training do;
-    clip 0 is the usual one. [ours]"""
+    every frame, whatever the --frame-rule: 13 frames, T = 6 -> 3 clips. Clip j takes the j-th frame
+    of each of T chunks, so that each spans the whole walk. [ours]"""
     n = len(tracklet.frames)
-    starts = FRAME_RULES[rule](n, T)
+    starts = chunks(n, T)
     made = []
     for j in range(math.ceil(n / T)):
         frames = tuple(tracklet.frames[min(start + j, n - 1)] for start in starts)
@@ -162,7 +161,7 @@ def embed_tracklets(model, tracklets, config, device, rule="chunks", all_frames=
     mean over its clips."""
     model.eval()
     T = frames_in_test(config)
-    clips_of = [clips(t, T, rule) if all_frames else [t] for t in tracklets]
+    clips_of = [clips(t, T) if all_frames else [t] for t in tracklets]
     # A clip has T frames, and any rule takes T of T: all of them.
     frames_of_clips = Frames([clip for group in clips_of for clip in group], size=config.size,
                              T=T, rule=rule)
@@ -382,8 +381,8 @@ def table(results):
     heads = "".join(f"{name:>9}" for name in (*names, "queries", "gallery"))
     lines.append(f"{'':20}{heads}")
 
-    def row(label, r):
-        return f"{label:20}" + "".join(f"{100 * r[name]:9.2f}" for name in names)
+    def row(title, r):
+        return f"{title:20}" + "".join(f"{100 * r[name]:9.2f}" for name in names)
 
     for direction, r in directions.items():
         lines.append(f"{row(direction, r)}{r['queries']:9,}{r['gallery']:9,}")
@@ -508,7 +507,7 @@ def reading_sheet(model, dataset, config, device, people=2):
         if reads is not None:
             for share, label in zip(*reads[0].topk(min(4, reads.shape[1])), strict=True):
                 pid = classes[label]
-                sentences.append((f"{share:.0%} {pid}", faces.get(pid)))
+                sentences.append((f"{share:.1%} {pid}", faces.get(pid)))
         own_look = None if look is None else look[0]
         columns.append(Reading(title_of(tracklet), frames, own_look, sentences))
     return draw_reading(columns)
@@ -518,9 +517,9 @@ def reading_sheet(model, dataset, config, device, people=2):
 
 def setting_of(config, all_frames):
     """What an embedding was made of, in words."""
-    rule = f" ({config.frame_rule})" if config.frame_rule else ""
     if all_frames:
-        return f"all frames, {frames_in_test(config)} at a time{rule}"
+        return f"all frames, {frames_in_test(config)} at a time"
+    rule = f" ({config.frame_rule})" if config.frame_rule else ""
     return f"{frames_in_test(config)} frames of each tracklet{rule}"
 
 

@@ -6,12 +6,12 @@ visible and infrared video towards it:
 
     frames (B,T,3,288,144) -> stfl: CLIP ViT-B/16, read as 8 basic, 2 grouped, 2 shifted blocks
        -> tokens (B,T,768), one a frame
-    Prompts (C,4,512) -> "A photo of a X X X X person." -> CLIP's text side, frozen
-       -> text (C,512), kept as the bank
+    Prompts (C,4,512) -> "A photo of a X X X X person."
+       -> text_features: CLIP's text side, frozen -> text (C,512), kept as the bank
     tokens -> SD: + cross-attention over text (at test: over the bank) -> tokens
-       --+-- mean over T -> z (B,768) -> CLIP's projection -> f (B,512)
-         +-- CMI, in training: with the partner's tokens in one row -> c (B,768)
-    test:  embed()   -> side_by_side(z, f) (B,1,1280), each L2-normalised
+       --+-- pool: mean over T -> z (B,768) -> visual.proj, CLIP's -> f (B,512)
+         +-- CMI, in training: with the partner's tokens in one row -> c (B,768), streams["cmi"]
+    test:  embed()   -> side_by_side(z, f) as one part (B,1,1280), each L2-normalised
     train: forward() -> named losses of z, f and c
 
 The paper's abstract (arXiv 2601.12062) gives the modules and what each is for; its formulas and
@@ -77,21 +77,19 @@ def attend_basic(attention, x):
 
 def attend_grouped(attention, x, groups):
     """x (B, T, 1+N, D) -> its update: each of `groups` horizontal stripes attends over its patches
-    of all T frames and the T CLS tokens; CLS updates averaged over the stripes. [ours]
+    of all T frames and the T CLS tokens; CLS tokens attend over everything. [ours]
 
     At T = 6, 18x9 patches and 6 stripes: 6 * 27 patches + 6 CLS = 168 tokens, as many as the 163 of
     a frame alone."""
     B, T, L, D = x.shape
-    cls, patches = x.split([1, L - 1], dim=2)
-    cls = cls.transpose(1, 2).expand(B, groups, T, D)
+    cls, patches = x[:, :, 0], x[:, :, 1:]
     patches = patches.unflatten(2, (groups, -1))    # (B, T, G, n, D): a stripe's rows lie together
-    patches = patches.transpose(1, 2).flatten(2, 3)    # (B, G, T*n, D)
-    stripes = torch.cat([cls, patches], dim=2)    # (B, G, T + T*n, D)
-    update = attention(stripes.flatten(0, 1)).unflatten(0, (B, groups))
-    cls, patches = update.split([T, patches.shape[2]], dim=2)
-    cls = cls.mean(1)[:, :, None]    # (B, T, 1, D)
-    patches = patches.unflatten(2, (T, -1))    # (B, G, T, n, D)
+    patches = patches.transpose(1, 2).reshape(B * groups, -1, D)    # (B*G, T*n, D)
+    every_cls = cls.repeat_interleave(groups, dim=0)    # (B*G, T, D)
+    patches = attention(patches, torch.cat([every_cls, patches], dim=1))
+    patches = patches.view(B, groups, T, -1, D)
     patches = patches.transpose(1, 2).flatten(2, 3)    # (B, T, N, D)
+    cls = attention(cls, x.flatten(1, 2))[:, :, None]    # (B, T, 1, D)
     return torch.cat([cls, patches], dim=2)
 
 
@@ -341,8 +339,8 @@ class Options:
 
     # A laptop's CPU, minutes: a tiny CLIP that knows walkers by day and the words for what they
     # wear. Many people, each seen a few times: it is to learn the night, not the people by heart.
-    small = {"people": 320, "epochs": 4, "steps": 60, "identities": 32, "tracklets": 1, "frames": 2,
-             "test_frames": 8, "evaluate_every": 2, "lr": 3e-4, "boost": 8.0, "warmup_epochs": 1,
+    small = {"people": 320, "epochs": 4, "steps": 30, "identities": 32, "tracklets": 1, "frames": 2,
+             "test_frames": 8, "evaluate_every": 2, "lr": 5e-4, "boost": 5.0, "warmup_epochs": 0,
              "size": (128, 64), "workers": 0, "erase": 0.0, "clip": "tiny", "split": (2, 1, 1),
              "groups": 4, "contrast": 3.0}
 

@@ -7,7 +7,7 @@
        +-- sasgl: silhouettes, codes, gait net: (B,T,2048,16,8)               |
                                              -> gait_parts (B,31,256) --------+
     embed()    (test)  -> (B, 70, 256), gait parts first; distance: mean over parts, Euclidean
-    forward()  (train) -> appearance_head, gait_head -> losses_of each stream, and sasgl's own
+    forward()  (train) -> gait_head, appearance_head -> losses_of each stream, and sasgl's own
 
 The two modalities meet early: only the stem is a modality's own. All of DinoGRL's modelling of time
 is a maximum over the frames, as in GaitSet: what shows in any frame counts, in whichever order.

@@ -12,7 +12,8 @@ asks the other, strip by strip and from coarse to fine, what confirms it and wha
         y <- enhance_appearance(query y, source g_i)    gait tells appearance  } progressive
     the last x and y of each granularity are appended: (B, 35, D) and (B, 35, D).
 
-Enhance(q, s) is a cross-attention over the D channels of a part, each channel one scalar token:
+Enhance(q, s), in the code of `query` and `source`, is a cross-attention over the D channels of a
+part, each channel one scalar token:
 
     f = theta(q) phi(s)^T / D,    out = q + BN(W1(relu(f) g(s))) - BN(W2(relu(-f) g(s)))
 

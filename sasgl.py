@@ -9,10 +9,10 @@ Semantic-aware: what is kept of a pixel is not its colour but what DINOv2's feat
                                                                         +-- mid4 (N,32,16,1536)
     last (the last block's tokens), upsampled to 64x32 -> mask_branch: 384 -> 2 -> mask (N,2,64,32)
       -> choose_body -> body (N,64,32) -> refine_edges -> silhouette (N,64,32)
-    mid4 (four blocks' tokens side by side), on the silhouette's pixels alone
+    mid4 (four blocks' tokens side by side), upsampled too, on the silhouette's pixels alone
       --+-- denoising_branch -> denoising code (N,16,64,32), a softmax: which part of the body?
         +-- appearance_branch -> appearance code (N,16,64,32), sigmoids: what is it like?
-    both codes -> gait_net: two CodeStems -> AttentionFusion -> ResNet stages -> (N,2048,16,8)
+    both codes -> gait_net: two CodeStems -> AttentionFusion -> backbone -> (N,2048,16,8)
 
 The codes' names are BigGait's, from which the release takes them: "denoising", since a softmax over
 16 channels can say one of 16 words, which leaves no room for texture. The appearance code is a code

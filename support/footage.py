@@ -374,7 +374,7 @@ class FrameCache:
         try:
             if not os.path.isfile(self.path):
                 raise OSError("neither a file nor a link to one")
-            self.file = open(self.path, "rb", buffering=0)    # noqa: SIM115
+            self.file = open(self.path, "rb", buffering=0)    # noqa: SIM115 - for the cache's life
             fits = os.fstat(self.file.fileno()).st_size == expected
             name = read_at(self.file, self.NAME, 0)
             checksums = read_at(self.file, expected - end_of_frames, end_of_frames)

@@ -69,7 +69,7 @@ import torch.nn.functional as F
 from torch import nn
 
 EACH = 6    # frames of a person in a modality, for clip
-VISIBLE, INFRARED = 0, 1
+DAY, NIGHT = 0, 1    # places in People.frames
 HELD_OUT = 1 / 20    # a share of the people, to look at in the end
 COMPONENTS = 48    # principal components of a level that the student is to give
 FRAME, SEEN = (128, 64), (280, 140)    # the frames' size, and what both networks see
@@ -298,7 +298,7 @@ def train_clip(model, people, steps, batch, lr, generator):
         for _ in range(steps):
             chosen = torch.randperm(len(people.words), generator=generator)[:batch]
             which = torch.randint(EACH, (len(chosen),), generator=generator)
-            frames = people.frames[chosen, VISIBLE, which]
+            frames = people.frames[chosen, DAY, which]
             image = image_features(model, views(frames, generator))
             text = text_features(model, people.words[chosen], people.end[chosen])
             scale = model.logit_scale.exp().clamp(max=100)
@@ -315,7 +315,7 @@ def found_by_sentence(model, people):
     """-> the share of people whose own sentence is the nearest of all, by day and by night."""
     text = text_features(model, people.words, people.end)
     shares = []
-    for modality in (VISIBLE, INFRARED):
+    for modality in (DAY, NIGHT):
         image = image_features(model, people.frames[:, modality, 0] / 255)
         nearest = (image @ text.t()).argmax(1)
         shares.append((nearest == torch.arange(len(text))).float().mean().item())

@@ -99,8 +99,8 @@ def ranks_of_hits(distance, match, valid):
     # count or not.
     all_before = torch.searchsorted(everyone, hits, right=True)
     own_before = torch.searchsorted(own, hits, right=True)
-    place = torch.arange(1, M + 1, device=distance.device)    # of a hit among the hits
-    return all_before - own_before + place, hits.isfinite().sum(1)
+    own_rank = torch.arange(1, M + 1, device=distance.device)    # of a hit among the hits
+    return all_before - own_before + own_rank, hits.isfinite().sum(1)
 
 
 def scores_of_ranks(ranks, number):
@@ -264,9 +264,9 @@ def jaccard_distances(V, Q):
         query_entry = begin + torch.repeat_interleave(size[mine])
         gallery_entry = ranges(start[mine], size[mine])
         smaller = torch.minimum(value[query_entry], gallery_value[gallery_entry])
-        place = (row[query_entry] - first) * G + gallery_row[gallery_entry]
+        flat_index = (row[query_entry] - first) * G + gallery_row[gallery_entry]
         minima = torch.zeros(last - first, G, device=V.device)
-        minima.view(-1).index_add_(0, place, smaller)
+        minima.view(-1).index_add_(0, flat_index, smaller)
         result[first:last] = 1 - minima / (2 - minima)
     return result
 

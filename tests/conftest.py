@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-# Before torch: it sets what torch reads when it is imported.
+# Behind the path that finds them; support before torch, which reads at its import what it sets.
 import support  # noqa: E402, F401
 from golden import write_official  # noqa: E402
 from walkers import make_walkers  # noqa: E402

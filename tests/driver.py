@@ -24,7 +24,7 @@ import support.files
 import train
 from support.options import cli
 
-import torch._dynamo  # noqa: I001    torch's optimizers import it: another second
+import torch._dynamo  # noqa: I001 - last, since it takes a second
 
 channel = None    # the job's socket
 readers = []

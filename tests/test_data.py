@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -613,7 +614,7 @@ def test_unreadable_image_is_one_line_that_names_it(tmp_path, keep, name):
             frames[key]
         # How a worker hands it on:
         worker = ExceptionWrapper((caught.type, caught.value, caught.tb), "in worker 0")
-        for act in worker.reraise, lambda: frames[key]:    # noqa: B023
+        for act in worker.reraise, partial(frames.__getitem__, key):
             code, printed = printed_by(act)
             assert code == 2 and printed.startswith(f"error: {tmp_path}"), printed
             assert f"/{printable(name)} cannot be read" in printed and printed[:-1].isprintable()

@@ -111,14 +111,15 @@ def small_model(seed=0, method=LSMRL, **own):
 
 # ------------------------------------------------------------- literal forms ----
 
-def literal_attention(attention, tokens):
-    """Tokens (L, D) -> (L, D), one query and one head at a time."""
+def literal_attention(attention, tokens, asking=None):
+    """Tokens (L, D), of which those of the numbers `asking` ask (all, by default) -> what each of
+    these gets (L, D), one query and one head at a time."""
     D = tokens.shape[1]
     size = D // attention.heads
     qkv = tokens @ attention.in_proj_weight.t() + attention.in_proj_bias
     q, k, v = qkv.split(D, dim=1)
     rows = []
-    for query in q:
+    for query in q if asking is None else q[asking]:
         heads = []
         for start in range(0, D, size):
             head = slice(start, start + size)
@@ -132,6 +133,7 @@ def literal_grouped(attention, x, groups, grid):
     (h, w), T = grid, x.shape[1]
     update = torch.zeros_like(x)
     for b in range(len(x)):
+        everything = [(t, i) for i in range(x.shape[2]) for t in range(T)]    # the T CLS first
         for g in range(groups):
             rows = range(g * h // groups, (g + 1) * h // groups)
             places = [(t, 0) for t in range(T)]
@@ -139,7 +141,10 @@ def literal_grouped(attention, x, groups, grid):
                 places += [(t, 1 + r * w + c) for r in rows for t in range(T)]
             tokens = torch.stack([x[b, t, i] for t, i in places])
             for (t, i), new in zip(places, literal_attention(attention, tokens), strict=True):
-                update[b, t, i] += new if i else new / groups
+                if i:
+                    update[b, t, i] = new
+        tokens = torch.stack([x[b, t, i] for t, i in everything])
+        update[b, :, 0] = literal_attention(attention, tokens, asking=range(T))
     return update
 
 

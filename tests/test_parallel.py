@@ -84,7 +84,7 @@ class Torchrun:
         torchrun.write_text(FORKING_TORCHRUN if forked else TORCHRUN)
         path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
         reader, writer = os.pipe()
-        self.out, self.err = os.fdopen(reader), TemporaryFile("w+")    # noqa: SIM115
+        self.out, self.err = os.fdopen(reader), TemporaryFile("w+")    # noqa: SIM115 - lives on
         with os.fdopen(writer) as out:
             self.job = start(torchrun, "--nproc_per_node=2", "--", program, folder, *arguments,
                              env={"PYTHONPATH": path}, files=[out, self.err])
