@@ -404,6 +404,9 @@ def rule(path):
 def large(path):
     return of(path, Tracklet(frames, 2 ** 64, "", "visible"))
 
+def negative(path):
+    return of(path, Tracklet(frames, -1, "", "visible"))
+
 def floats(path):
     directions = {"infrared->visible": ([0.0], [0]), "visible->infrared": ([0], [0])}
     return of(path, test=[Tracklet(frames, 1, "", "visible")], directions=directions)
@@ -439,7 +442,8 @@ ANSWERS = {
     "beyond": "Dataset.set_test", "gone": "no file gone.jpg", "untouchable": "raised TypeError",
     "untrained": "returned train None; expected a list",
     "rule": "frame_rule 'chunk5'; expected one of chunks, linspace, consecutive",
-    "large": "a tracklet of 18446744073709551616, .* a number below 10.9 or a name",
+    "large": "a tracklet of 18446744073709551616, .* a natural number below 10.9 or a name",
+    "negative": "a tracklet of -1, .* a natural number below 10.9 or a name",
     "floats": "Dataset.set_test", "triples": "Dataset.set_test",
     "notes": "returned notes 'all is well'; expected a list",
     "problems": "returned problems None; expected a list",

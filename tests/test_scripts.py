@@ -220,7 +220,7 @@ def test_no_epoch_leaves_a_checkpoint_that_is_evaluated(walkers, tmp_path):
     none = [*TINY_LSMRL, "--epochs", 0]
     result = succeeds(here("train.py", "--data", walkers, "--run", folder, *none))
     assert "untrained" in result.stdout and tensors_of(folder)["epoch"] == 0
-    assert names_in(folder) == ["config.json", "last.pt", "lock", "results.json"]
+    assert names_in(folder) == ["config.json", "last.pt", "lock", "reading-0.png", "results.json"]
     succeeds(here("evaluate.py", "--checkpoint", folder, "--json", tmp_path / "r.json"))
     assert json_of(tmp_path / "r.json")["directions"] == results_of(folder)["directions"]
 
@@ -363,7 +363,7 @@ def test_lsmrl_s_paper_preset_on_openai_s_format(fewer, tmp_path, monkeypatch):
 def test_lsmrl_leaves_the_same_files_but_silhouettes_and_evaluates_alike(trained_lsmrl, tmp_path):
     folder, result = trained_lsmrl
     assert names_in(folder) == ["config.json", "curves.png", "last.pt", "lock", "log.jsonl",
-                                "results.json"]
+                                "reading-1.png", "results.json"]
     results = results_of(folder)
     assert results["method"] == "lsmrl" and results["silhouette_iou"] is None
     for r in results["directions"].values():
