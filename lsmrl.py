@@ -81,7 +81,7 @@ def attend_grouped(attention, x, groups):
 
     At T = 6, 18x9 patches and 6 stripes: 6 * 27 patches + 6 CLS = 168 tokens, as many as the 163 of
     a frame alone."""
-    B, T, L, D = x.shape
+    B, T, _, D = x.shape
     cls, patches = x[:, :, 0], x[:, :, 1:]
     patches = patches.unflatten(2, (groups, -1))    # (B, T, G, n, D): a stripe's rows lie together
     patches = patches.transpose(1, 2).reshape(B * groups, -1, D)    # (B*G, T*n, D)

@@ -119,7 +119,7 @@ def side_by_side(images, height, width):
     images = F.interpolate(images, (height, width), mode="bilinear", align_corners=False)
     images = images.clamp(0, 1).permute(2, 0, 3, 1)    # (H, T, W, 3)
     row = images.reshape(height, -1, 3) * 255
-    return Image.fromarray(row.byte().numpy())
+    return Image.fromarray(row.round().byte().numpy())
 
 
 def rows_of(columns):
