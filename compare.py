@@ -9,13 +9,14 @@ A variant is "NAME: OPTIONS of train.py"; the options that stand outside of all 
     -> a table: mean ± standard deviation, and the paired difference to the first variant
 
 The same command goes on where it was stopped, and runs nothing twice: it knows a run by its options
-and by the files of a method and a reader of your own. When the repository's own files have changed,
-or the data behind a path, choose another --out.
+and by the file of a method and that of a reader of your own. When the repository's files have
+changed, what such a file imports, weights, or the data behind a path, choose another --out.
 
-A paired difference is that of two variants under the same seed: both have seen the same batches, so
-what makes a seed an easy one drops out. The table has its mean over the seeds, with an interval: 95
-of 100 intervals that are made so hold the mean which endless seeds would have. Where one holds 0,
-the luck of the seeds is enough to explain what was found.
+A paired difference is that of two variants under the same seed: on the same data and with batches
+of the same size both have seen the same ones, so what makes a seed an easy one drops out. The table
+has its mean over the seeds, with an interval: 95 of 100 intervals that are made so hold the mean
+which endless seeds would have. Where one holds 0, the luck of the seeds is enough to explain what
+was found. The luck of the test people, who are the same for all, is not in it.
 
 Quick question: why does the interval of 3 seeds reach 4.3 standard errors to either side, not 2?
 (Three numbers know their own spread badly. With 10 seeds it is 2.3, of smaller errors.)
@@ -36,10 +37,12 @@ from typing import NamedTuple
 import train
 from data import NO_READER
 from support.files import (
+    RunFolder,
     UserError,
     check_writable,
     in_short,
     printable,
+    try_lock,
     write_json,
     write_picture,
 )
@@ -59,7 +62,8 @@ from support.pictures import BLACK, COLOURS, GREY, GRID, SCALE, TEXT_SIZE, Panel
 
 from PIL import Image, ImageFont
 
-RANK_1, IOU, GAIN = "Rank-1", "IoU", "minus the better stream"    # columns of the table
+RANK_1, IOU = "Rank-1", "IoU"    # columns of the table
+GAIN = "both minus the better stream"
 ALONE = " alone"    # the end of those of a stream
 # Beside options: no option's names.
 METHOD_FILE, READER_FILE, DONE = "the method's file", "the reader's file", "is done"
@@ -170,6 +174,7 @@ class Run:
         self.results_file = os.path.join(self.folder, "results.json")
         self.checkpoint = os.path.join(self.folder, "last.pt")
         self.process = None    # or train.py's
+        self.told_before = 0    # bytes of the log
 
     def is_done(self):
         """Raises UserError if the folder holds a run of other marks. What was stopped before its
@@ -190,12 +195,21 @@ class Run:
                             "name, choose another --out, or remove that folder")
         return has_results and DONE in found
 
+    def is_alive(self):
+        """Does a process train it? One of another comparison, or one that a killed one has left."""
+        path = os.path.join(self.folder, RunFolder.LOCK)
+        if not os.path.exists(path):
+            return False
+        with open(path, "a") as file:
+            return not try_lock(file)
+
     def command(self):
         config, words = self.variant.config, self.variant.words
         where = ["--run", self.folder, "--seed", str(self.seed)]
         if os.path.exists(self.checkpoint):    # it knows all but these, which no file may say
             where = ["--resume", self.folder]
             words = ["--method", config.method, "--reader", config.reader]
+            words += ["--workers", str(config.workers)]
             words += ["--cache", config.cache] if config.cache else []
         return [sys.executable, os.path.abspath(train.__file__), *where, *words]
 
@@ -205,8 +219,12 @@ class Run:
         if changed:
             raise UserError(f"{changed[0]} was changed during the comparison; expected the same "
                             "for all seeds: give the new one another name")
+        if self.is_alive():    # its marks are not ours to write
+            raise UserError(f"{self.folder} belongs to a run that is alive; wait for it, stop it, "
+                            "or choose another --out")
         write_json(self.folder + ".json", self.variant.marks)
         with open(self.folder + ".log", "ab") as log:
+            self.told_before = log.tell()    # by a run that was stopped
             # In a session of its own: a terminal's Ctrl-C would reach it beside our SIGTERM.
             self.process = subprocess.Popen(self.command(), stdin=subprocess.DEVNULL, stdout=log,
                                             stderr=log, env=environment, start_new_session=True)
@@ -215,8 +233,10 @@ class Run:
         """Waits for it. Raises UserError if it has failed."""
         code = self.process.wait()
         if code != 0:
-            with open(self.folder + ".log", encoding="utf-8", errors="replace") as log:
-                last = in_short("".join(log.readlines()[-1:]).removeprefix("error: "), 300)
+            with open(self.folder + ".log", "rb") as log:
+                log.seek(self.told_before)
+                lines = log.read().decode("utf-8", "replace").splitlines()
+            last = in_short("".join(lines[-1:]).removeprefix("error: "), 300) or "without a word"
             raise UserError(f"{self.name} ended with exit code {code}: {last}; what is done stays: "
                             f"see {self.folder}.log, then give the same command again")
         write_json(self.folder + ".json", {**self.variant.marks, DONE: True})
@@ -265,7 +285,7 @@ def train_all(runs, jobs):
                             "or there is nothing to compare")
     environment = dict(os.environ)
     if jobs > 1:    # one alone has all threads, as `python train.py` has
-        environment["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // jobs))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // jobs)))
     try:
         for i, run in enumerate(waiting):
             if i >= jobs:
@@ -315,7 +335,7 @@ def spread(values, column):
     """"71.2 ± 1.3"; of one value itself."""
     if column == GAIN:
         return in_words(values)
-    digits = 2 if column == IOU else 1
+    digits = 3 if column == IOU else 1
     words = f"{mean(values):.{digits}f}"
     return f"{words} ± {stdev(values):.{digits}f}" if len(values) > 1 else words
 
@@ -351,7 +371,7 @@ def table(rows, dataset):
     if seeds > 1:
         which = f"Seeds 1 to {seeds}"
         advice = ("Mean ± standard deviation (95 % interval of the paired difference).\n"
-                  "A difference whose interval holds 0 is no difference.")
+                  "A difference whose interval holds 0 cannot be told from none by these seeds.")
     return f"{words}\n{which}, {printable(dataset)}: `{command}`\n{advice}"
 
 
@@ -444,10 +464,10 @@ def main():
         raise KeyboardInterrupt("interrupted; what is done stays: go on by the same "
                                 "command") from None
     rows = rows_of(runs)
-    if options.figure:
-        write_picture(options.figure, draw(rows))
     datasets = sorted({run.results()[0] for run in runs})
     say(table(rows, " and ".join(datasets)))
+    if options.figure:
+        write_picture(options.figure, draw(rows))
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ class Options:
              "milestones": (4, 5), "lr": 5e-3, "size": (128, 64), "erase": 0.0, "dinov2": "tiny",
              "resnet_weights": "random", "mask_warmup": 80, "mask_lr": 5e-2, "dim": 64, "width": 8,
              "blocks": (1, 1, 1, 1), "strips": (1, 2, 4, 8), "strides": (1, 1, 2, 1),
-             "gait_strides": (2, 1, 1, 1), "dino_size": (280, 140), "code_size": (32, 16)}
+             "gait_strides": (2, 1, 1, 1), "dino_size": (336, 168), "code_size": (32, 16)}
 
     def check(self):
         """Raises UserError for a configuration that cannot work. train.py joins Options and its

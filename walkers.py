@@ -71,7 +71,7 @@ UNIFORM = {
 # Argument of make_walkers: option, smallest and largest value, help.
 OPTIONS = {
     "train_identities": ("--identities", 1, 8000, "people to train on (96)"),
-    "test_identities": ("--test-identities", 1, 1999, "(60; or two thirds of --identities)"),
+    "test_identities": ("--test-identities", 1, 1999, "(60)"),
     "tracklets": ("--tracklets", 1, 999, "per identity and modality (4)"),
     "frames": ("--frames", 12, 9999, "per tracklet, at least 12 (12)"),
     "height": ("--height", 32, 2048, "pixels, give or take an eighth per camera (128)"),
@@ -474,9 +474,9 @@ def make_walkers(root, *, train_identities=96, test_identities=60, tracklets=4, 
     if workers is not None:
         numbers["workers"] = workers
     for name, value in numbers.items():
-        _, least, most, _ = OPTIONS[name]
+        option, least, most, _ = OPTIONS[name]
         if not least <= value <= most:
-            raise UserError(f"{name}={value}; expected {least} to {most}; give another value")
+            raise UserError(f"{option} {value}; expected {least} to {most}; give another value")
     start = time.perf_counter()
     place = Path(os.path.abspath(root))
     try:
@@ -501,8 +501,6 @@ def main():
         kind, metavar = (float, "SHARE") if name == "uniform" else (int, "N")
         parser.add_argument(option, dest=name, type=kind, metavar=metavar, help=text)
     given = vars(parser.parse_args())
-    if "train_identities" in given:
-        given.setdefault("test_identities", max(24, 2 * given["train_identities"] // 3))
     root = given.pop("root")
     if not make_walkers(root, **given):
         say(f"{printable(root)}: these walkers are there already")

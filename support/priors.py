@@ -13,22 +13,23 @@ million pictures - here: which patches of an image belong together, and to what 
 the student could find out from a few hundred synthetic people; but that it can be *imitated* on
 such people by a network a two-hundredth of its size is quite another thing, and true.
 
-    frames (N,3,128,64) -+-> enlarged to 280x140 -> teacher, 12 blocks of 384 -> tokens of 4 levels
+    frames (N,3,128,64) -+-> enlarged to 336x168 -> teacher, 12 blocks of 384 -> tokens of 4 levels
                          |     -> layer norm -> 48 principal components ------------------+
-                         +-> a spoiled view, enlarged to 280x140                          |
+                         +-> every other one spoiled, enlarged to 336x168                 |
                                -> student, 4 blocks of 32 -> a linear map of each level --+-> loss
 
 Three choices make it work in minutes:
 - *Principal components.* 32 numbers cannot carry 384. The 48 directions in which the teacher's
-  tokens differ most hold nearly all of what tells one patch from another; the rest is dropped.
+  tokens differ most hold 77 to 96 % of what tells one patch from another; the rest is dropped.
 - *Four levels.* SASGL reads tokens after 1/4, 2/4, 3/4 and all of the blocks: each has its target.
-- *Spoiled views.* The teacher sees the clean frame; the student one with another brightness,
-  contrast, blur, noise, a single channel, or inverted. What it learns to say holds for all of them,
-  and so by day and by night.
+- *Spoiled views.* The teacher sees the clean frame; the student, every other time, one with another
+  brightness, contrast, blur, noise, a single channel, or inverted. What it learns to say holds for
+  all of them, and so by day and by night. Never to show it a clean one would cost it three points
+  of what it explains of clean frames, and win it one on spoiled ones.
 
-Each level's loss is the share of the variance that is not explained. What counts is that share on
-walkers of another seed (tests/test_priors.py), and many places (--cameras 99) do more for it than
-more frames of a few.
+Each level's loss is the share of those components' variance that is not explained. The command's
+last line has it for other frames of the same people; what counts is that of strangers
+(tests/test_priors.py), and many places (--cameras 99) do more for it than more frames of a few.
 
 **clip: contrastive language-image training** (Radford et al., 2021). Nobody says which class a
 picture is of; it comes with a sentence, and the two are to find one another. A step takes P people,
@@ -59,7 +60,7 @@ from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from support import clip
-from support.dinov2 import DINOV2, TINY, DinoVisionTransformer, levels_of, load_dinov2
+from support.dinov2 import DINOV2, PATCH, TINY, DinoVisionTransformer, levels_of, load_dinov2
 from support.files import UserError, check_writable, in_short, write_atomic
 from support.footage import find_footage, read_frame
 from support.options import Bar, Parser, cli, progress, say
@@ -72,15 +73,18 @@ EACH = 6    # frames of a person in a modality, for clip
 DAY, NIGHT = 0, 1    # places in People.frames
 HELD_OUT = 1 / 20    # a share of the people, to look at in the end
 COMPONENTS = 48    # principal components of a level that the student is to give
-FRAME, SEEN = (128, 64), (280, 140)    # the frames' size, and what both networks see
+FRAME = (128, 64)    # the frames' size
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]    # ImageNet's
 STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
 # ---------------------------------------------------------------- frames ----
 
 def load_frames(path, number, generator):
-    """`number` frames of a folder (not the masks/ beside them), evenly taken, each cropped in its
-    own way -> (N, 3, H, W) in 0..1. Raises UserError."""
+    """`number` frames of a folder, evenly taken, each cropped in its own way -> (N, 3, H, W) in
+    0..1. Raises UserError."""
+    if os.path.isdir(os.path.join(path, "masks")):
+        raise UserError(f"{path} has masks/, which are no frames; expected a folder of frames "
+                        f"alone: of walkers --data {os.path.join(path, 'Train')}")
     paths = [frame for frames in find_footage(path).values() for frame in frames]
     if len(paths) < number:
         raise UserError(f"{len(paths)} frames under {path}; expected {number}: draw more walkers, "
@@ -98,11 +102,6 @@ def cropped(frame, generator):
     top, left = round(down * (H - rows)), round(across * (W - columns))
     piece = frame[None, :, top:top + rows, left:left + columns] / 255
     return F.interpolate(piece, (H, W), mode="bilinear", align_corners=False)[0]
-
-
-def enlarged(frames):
-    """Frames (N, 3, H, W) in 0..1 -> normalised, as large as both networks see them."""
-    return F.interpolate((frames - MEAN) / STD, SEEN, mode="bilinear", align_corners=False)
 
 
 def spoiled(frames, generator):
@@ -128,10 +127,11 @@ def spoiled(frames, generator):
 
 # ---------------------------------------------------------- distillation ----
 
-def levels(dinov2, frames):
-    """What SASGL reads: frames (N, 3, H, W), enlarged -> tokens (4, N, L, D) after 1/4, 2/4, 3/4
-    and all of the blocks, each layer-normalised."""
-    layers = dinov2.get_intermediate_layers(frames, n=levels_of(dinov2), norm=False)
+def levels(dinov2, frames, size):
+    """Where SASGL reads: frames (N, 3, H, W) in 0..1, enlarged to size -> tokens (4, N, L, D) after
+    1/4, 2/4, 3/4 and all of the blocks, each layer-normalised."""
+    enlarged = F.interpolate((frames - MEAN) / STD, size, mode="bilinear", align_corners=False)
+    layers = dinov2.get_intermediate_layers(enlarged, n=levels_of(dinov2), norm=False)
     normalised = [F.layer_norm(tokens, tokens.shape[2:]) for tokens in layers[:-1]]
     return torch.stack([*normalised, dinov2.norm(layers[-1])])
 
@@ -155,12 +155,12 @@ class Components:
 
 
 @torch.no_grad()
-def targets_of(teacher, frames):
+def targets_of(teacher, frames, size):
     """-> Components, and what the student is to say: (4, N, L, COMPONENTS), in half precision."""
-    some = [levels(teacher, enlarged(batch)) for batch in frames[::16].split(16)]
+    some = [levels(teacher, batch, size) for batch in frames[::16].split(16)]
     sample = torch.cat(some, dim=1)
     components = Components(sample.flatten(1, 2))
-    batches = [components(levels(teacher, enlarged(batch))).half()
+    batches = [components(levels(teacher, batch, size)).half()
                for batch in progress(frames.split(16), "teacher")]
     return components, torch.cat(batches, dim=1)
 
@@ -168,15 +168,16 @@ def targets_of(teacher, frames):
 class Student(nn.Module):
     """The tiny ViT, and for each level a linear map to the teacher's components."""
 
-    def __init__(self):
+    def __init__(self, size):
         super().__init__()
+        self.size = size
         dim, depth, heads, registers = DINOV2[TINY]
         self.vit = DinoVisionTransformer(dim=dim, depth=depth, heads=heads, registers=registers)
         self.maps = nn.ModuleList(nn.Linear(dim, COMPONENTS) for _ in range(4))
 
     def forward(self, frames):
-        """Frames (N, 3, H, W), enlarged -> (4, N, L, COMPONENTS)."""
-        tokens = levels(self.vit, frames)
+        """Frames (N, 3, H, W) in 0..1 -> (4, N, L, COMPONENTS)."""
+        tokens = levels(self.vit, frames, self.size)
         return torch.stack([linear(t) for linear, t in zip(self.maps, tokens, strict=True)])
 
 
@@ -192,7 +193,9 @@ def distil(student, frames, target, variance, steps, batch, lr, generator):
     with Bar("distilling", steps, keep=True) as bar:
         for _ in range(steps):
             index = torch.randint(len(frames), (batch,), generator=generator)
-            said = student(enlarged(spoiled(frames[index], generator)))
+            is_spoiled = torch.rand(batch, 1, 1, 1, generator=generator) < 0.5
+            clean = frames[index]
+            said = student(torch.where(is_spoiled, spoiled(clean, generator), clean))
             shares = unexplained(said, target[:, index].float(), variance)
             optimizer.zero_grad()
             shares.mean().backward()
@@ -205,22 +208,22 @@ def distil(student, frames, target, variance, steps, batch, lr, generator):
 @torch.no_grad()
 def explained(student, frames, target, variance):
     """-> a share for each level, on frames as they are."""
-    said = [student(enlarged(batch)) for batch in frames.split(16)]
+    said = [student(batch) for batch in frames.split(16)]
     return (1 - unexplained(torch.cat(said, dim=1), target.float(), variance)).tolist()
 
 
 def make_dinov2(args, generator):
     """-> the student's tensors, and how good it is."""
     held_out = max(16, args.frames // 20)
-    frames = load_frames(args.data, args.frames + held_out, generator)
     teacher = load_dinov2(args.dinov2, args.dinov2_weights)
+    frames = load_frames(args.data, args.frames + held_out, generator)
     frames = frames[torch.randperm(len(frames), generator=generator)]
-    components, target = targets_of(teacher, frames)
-    student = Student()
+    components, target = targets_of(teacher, frames, args.dino_size)
+    student = Student(args.dino_size)
     distil(student, frames[held_out:], target[:, held_out:], components.variance, args.steps,
            args.batch, lr=3e-3, generator=generator)
     shares = explained(student, frames[:held_out], target[:, :held_out], components.variance)
-    words = f"variance explained on {held_out} frames it has not seen, by level: "
+    words = f"variance explained on {held_out} other frames, by level: "
     return student.vit.state_dict(), words + " ".join(f"{share:.2f}" for share in shares)
 
 
@@ -336,7 +339,7 @@ def make_clip(args, generator):
 
 # ----------------------------------------------------------- command line ----
 
-DEFAULTS = {"dinov2": {"out": "tiny_dinov2.pt", "steps": 8000, "batch": 16},
+DEFAULTS = {"dinov2": {"out": "tiny_dinov2.pt", "steps": 12000, "batch": 16},
             "clip": {"out": "tiny_clip.pt", "steps": 8000, "batch": 64}}
 
 
@@ -348,19 +351,30 @@ def command_line():
     parser.add_argument("--dinov2", metavar="NAME", help="the teacher (dinov2_vits14)")
     parser.add_argument("--dinov2-weights", metavar="FILE", help="its tensors, not the download")
     parser.add_argument("--frames", type=int, metavar="N",
-                        help="dinov2: to learn from; a twentieth more is held out (3200)")
+                        help="dinov2: to learn from; a twentieth more is held out (4800)")
+    parser.add_argument("--dino-size", type=int, nargs=2, metavar=("H", "W"),
+                        help="dinov2: what both networks see, multiples of 14 (336 168)")
     parser.add_argument("--out", metavar="FILE", help="where it goes (tiny_PRIOR.pt)")
-    for name, text in (("steps", "of training (8000)"),
-                       ("batch", "frames or people of a step (16, 64)"),
+    for name, text in (("steps", "of training (dinov2: 12000, clip: 8000)"),
+                       ("batch", "dinov2: frames of a step (16); clip: people (64)"),
                        ("seed", "of the weights and of what they see (1)")):
         parser.add_argument(f"--{name}", type=int, metavar="N", help=text)
-    parser.set_defaults(dinov2="dinov2_vits14", dinov2_weights=None, frames=3200, seed=1)
+    parser.set_defaults(dinov2="dinov2_vits14", dinov2_weights=None, frames=4800,
+                        dino_size=(336, 168), seed=1)
     args = parser.parse_args()
     for name, default in DEFAULTS[args.prior].items():
         setattr(args, name, getattr(args, name, default))    # absent where nobody typed it
     for name in ("frames", "steps", "batch"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}; expected 1 or more")
+    if not 0 <= args.seed < 2 ** 63:
+        raise UserError(f"--seed {args.seed}; expected 0 to 2**63 - 1")
+    width, *_ = DINOV2.get(args.dinov2, (COMPONENTS,))    # load_dinov2 refuses an unknown one
+    if width < COMPONENTS:
+        raise UserError(f"--dinov2 {args.dinov2} is no teacher; expected a large one, such as "
+                        "dinov2_vits14")
+    if any(side < PATCH or side % PATCH for side in args.dino_size):
+        raise UserError(f"--dino-size {args.dino_size}; expected multiples of 14, DINOv2's patch")
     return args
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import subprocess
 import sys
 
 import compare
@@ -99,14 +100,14 @@ def test_table_and_interval_by_hand(compared):
     # mine: the differences are 3, 2, 4; 4.303 * 1 / sqrt(3) = 2.48. same: -1, 2, -1 with the
     # deviation sqrt(3), so 4.303. Over the better stream: 20, 22, 14 with the deviation 4.163.
     assert cells(printed) == [
-        ["", "Rank-1", "mAP", "IoU", "gait alone", "appearance alone", "minus the better stream",
-         "Rank-1 minus that of whole"], ["---"] * 8,
-        ["whole", "72.0 ± 2.0", "36.0 ± 1.0", "0.75 ± 0.05", "50.0 ± 10.0", "50.0 ± 0.0",
+        ["", "Rank-1", "mAP", "IoU", "gait alone", "appearance alone",
+         "both minus the better stream", "Rank-1 minus that of whole"], ["---"] * 8,
+        ["whole", "72.0 ± 2.0", "36.0 ± 1.0", "0.750 ± 0.050", "50.0 ± 10.0", "50.0 ± 0.0",
          "+18.7 (+8.3 to +29.0)", ""],
         ["mine", "75.0 ± 2.6", "37.5 ± 1.3", "", "", "", "", "+3.0 (+0.5 to +5.5)"],
         ["same", "72.0 ± 2.6", "36.0 ± 1.3", "", "", "", "", "+0.0 (-4.3 to +4.3)"]]
     assert "Seeds 1 to 3, walkers: `python compare.py whole: 'mine: --lr 0.1' 'same" in printed
-    assert "holds 0 is no difference" in printed
+    assert "holds 0 cannot be told from none" in printed
     drawn = {colour for _, colour in Image.open("a.png").getcolors(10 ** 6)}
     assert {ImageColor.getrgb(COLOURS[0]), ImageColor.getrgb(COLOURS[1]), GREY} <= drawn
 
@@ -185,6 +186,7 @@ def test_runs_at_once_and_one_that_fails(compared, walkers, tmp_path, monkeypatc
     os.mkfifo(tmp_path / "meeting")
     monkeypatch.setattr(train, "__file__", str(tmp_path / "fake.py"))
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     words = ["--jobs", 2, "a:", "--data", walkers, "--out", "made/here"]
     with pytest.raises(UserError, match="a, seed 3 ended with exit code 1: no luck; .*seed3.log"):
         compared(*words)
@@ -195,6 +197,35 @@ def test_runs_at_once_and_one_that_fails(compared, walkers, tmp_path, monkeypatc
         "a, seed 3: 3 s, Rank-1 3.0"]
     assert cells(printed.out)[2][1] == "2.0 ± 1.0"
     assert (tmp_path / "made/here/a-seed1.log").read_text() == "says 3\n"
+
+
+def test_a_run_that_is_killed_is_not_told_by_what_was_said_before_it(compared, walkers, tmp_path,
+                                                                     monkeypatch):
+    (tmp_path / "fake.py").write_text("import os; os.kill(os.getpid(), 9)")
+    monkeypatch.setattr(train, "__file__", str(tmp_path / "fake.py"))
+    os.makedirs("runs/compare")
+    (tmp_path / "runs/compare/a-seed1.log").write_text("epoch 3/6\n")
+    with pytest.raises(UserError, match="a, seed 1 ended with exit code -9: without a word; "):
+        compared("--seeds", 1, "a:", "--data", walkers)
+
+
+def test_a_run_that_is_alive_keeps_its_marks(compared, walkers, tmp_path):
+    """Another comparison's, say, of other options under the same name."""
+    folder = tmp_path / "runs" / "compare" / "a-seed1"
+    folder.mkdir(parents=True)
+    holder = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+from support.files import try_lock
+file = open({str(folder / "lock")!r}, "a")
+print(try_lock(file), flush=True)
+sys.stdin.read()"""
+    with subprocess.Popen([sys.executable, "-c", holder], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as alive:
+        assert alive.stdout.readline().strip() == b"True"
+        with pytest.raises(UserError, match="a-seed1 belongs to a run that is alive; wait"):
+            compared("--seeds", 1, "a:", "--data", walkers)
+        alive.stdin.close()
+    assert os.listdir(folder.parent) == ["a-seed1"] and os.listdir(folder) == ["lock"]
 
 
 def test_goes_on_after_a_stop_and_ends_with_the_same_table(walkers, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import os
 import shutil
 
 import walkers as drawing
+from model import Options
 from support import clip, dinov2, priors
 from support.dinov2 import RANDOM, TINY, load_dinov2
 from support.files import UserError
@@ -15,7 +16,6 @@ from support.priors import (
     FRAME,
     Components,
     contrastive_loss,
-    enlarged,
     image_features,
     levels,
     spoiled,
@@ -27,8 +27,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-LEAST_EXPLAINED = 0.73
-DINOV2_DIGEST = "814e5d2d11cc1f09f4df14e62a8aa2e4b74096660bc2a1c3a224ae7999ed7243"
+LEAST_EXPLAINED = 0.75
+DINOV2_DIGEST = "8aa16daebe2be31145928587403c1bfd93920a789c38acadd27d5047cbaeb4f7"
 
 
 def test_the_shipped_prior_is_this_one_and_no_random_one():
@@ -47,7 +47,8 @@ def test_the_shipped_prior_explains_walkers_that_it_has_not_seen():
     them. maps: the linear maps from the student's tokens, fitted to 160 other frames."""
     path = os.path.join(os.path.dirname(__file__), "tiny_dinov2_targets.pt")
     held = torch.load(path, weights_only=True)
-    tokens = levels(load_dinov2(TINY), enlarged(held["frames"] / 255))[:, :, ::4]
+    size = Options.small["dino_size"]
+    tokens = levels(load_dinov2(TINY), held["frames"] / 255, size)[:, :, ::4]
     tokens = torch.cat([tokens, torch.ones(*tokens.shape[:3], 1)], dim=3)
     said = tokens @ held["maps"].float()[:, None]
     explained = 1 - unexplained(said, held["targets"].float(), held["variance"])
@@ -78,27 +79,39 @@ def test_a_spoiled_view_is_the_seed_s_alone_and_a_picture_still():
 def test_distilling_explains_more_and_leaves_a_file_that_loads(walkers, tmp_path, monkeypatch):
     """A random ViT as the teacher: its tokens can be imitated too."""
     monkeypatch.setattr(priors, "COMPONENTS", 16)
-    monkeypatch.setattr(priors, "SEEN", (112, 56))
     monkeypatch.setattr(priors, "load_dinov2", lambda name, weights: load_dinov2(RANDOM))
-    said = []
+    said, files = [], []
     monkeypatch.setattr(priors, "say", said.append)
     out = tmp_path / "tiny.pt"
-    for steps in (1, 40):
+    for steps in (1, 1, 40):
         words = ["priors", "dinov2", "--data", str(walkers / "Train"), "--out", str(out),
-                 "--frames", "64", "--steps", str(steps)]
+                 "--frames", "64", "--steps", str(steps), "--dino-size", "112", "56"]
         monkeypatch.setattr("sys.argv", words)
         priors.main()
-    before, after = (sum(map(float, line.split(": ")[-1].split())) for line in said)
+        files.append(out.read_bytes())
+    assert files[0] == files[1]    # the seed's, and nobody else's
+    _, before, after = (sum(map(float, line.split(": ")[-1].split())) for line in said)
     assert after > before + 0.2
     monkeypatch.setattr(dinov2, "TINY_FILE", str(out))
     frames = torch.rand(1, 3, 112, 56)
     assert load_dinov2(TINY).get_intermediate_layers(frames, n=[3])[0].isfinite().all()
 
 
-def test_too_few_frames_are_refused(walkers, monkeypatch, tmp_path):
+@pytest.mark.parametrize("words, answer", [
+    (["--frames", "100000"], "frames under .* expected 105000"),
+    (["--dino-size", "280", "150"], "280, 150.*expected multiples of 14"),
+    (["--dino-size", "0", "140"], "expected multiples of 14"),
+    (["--dinov2", "tiny"], "tiny is no teacher; expected a large one"),
+    (["--dinov2", "dinov3"], "dinov3 is not known"),
+    (["--seed", "99999999999999999999"], "--seed 9+; expected 0 to"),
+    (["--data", "{walkers}"], "has masks/.*expected a folder of frames alone.*Train")])
+def test_what_cannot_be_distilled_is_refused(words, answer, walkers, monkeypatch, tmp_path):
+    if words[0] != "--dinov2":    # refused before a teacher is loaded
+        monkeypatch.setattr(priors, "load_dinov2", lambda name, weights: load_dinov2(RANDOM))
+    words = [word.format(walkers=walkers) for word in words]
     monkeypatch.setattr("sys.argv", ["priors", "dinov2", "--data", str(walkers / "Train"),
-                                     "--out", str(tmp_path / "x.pt"), "--frames", "100000"])
-    with pytest.raises(UserError, match="frames under .* expected 105000"):
+                                     "--out", str(tmp_path / "x.pt"), *words])
+    with pytest.raises(UserError, match=answer):
         priors.main()
 
 
