@@ -208,8 +208,8 @@ class Run:
         where = ["--run", self.folder, "--seed", str(self.seed)]
         if os.path.exists(self.checkpoint):    # it knows all but these, which no file may say
             where = ["--resume", self.folder]
-            words = ["--method", config.method, "--reader", config.reader]
-            words += ["--workers", str(config.workers)]
+            words = ["--workers", str(config.workers)]
+            words += ["--method", config.method, "--reader", config.reader]
             words += ["--cache", config.cache] if config.cache else []
         return [sys.executable, os.path.abspath(train.__file__), *where, *words]
 
