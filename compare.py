@@ -42,7 +42,6 @@ from support.files import (
     check_writable,
     in_short,
     printable,
-    try_lock,
     write_json,
     write_picture,
 )
@@ -195,18 +194,11 @@ class Run:
                             "name, choose another --out, or remove that folder")
         return has_results and DONE in found
 
-    def is_alive(self):
-        """Does a process train it? One of another comparison, or one that a killed one has left."""
-        path = os.path.join(self.folder, RunFolder.LOCK)
-        if not os.path.exists(path):
-            return False
-        with open(path, "a") as file:
-            return not try_lock(file)
-
     def command(self):
         config, words = self.variant.config, self.variant.words
         where = ["--run", self.folder, "--seed", str(self.seed)]
-        if os.path.exists(self.checkpoint):    # it knows all but these, which no file may say
+        # A checkpoint knows all but what no file may say, and what is the machine's.
+        if os.path.exists(self.checkpoint):
             where = ["--resume", self.folder]
             words = ["--workers", str(config.workers)]
             words += ["--method", config.method, "--reader", config.reader]
@@ -219,7 +211,8 @@ class Run:
         if changed:
             raise UserError(f"{changed[0]} was changed during the comparison; expected the same "
                             "for all seeds: give the new one another name")
-        if self.is_alive():    # its marks are not ours to write
+        # Another comparison's, or left by one that was killed: its marks are not ours to write.
+        if RunFolder(self.folder).is_alive():
             raise UserError(f"{self.folder} belongs to a run that is alive; wait for it, stop it, "
                             "or choose another --out")
         write_json(self.folder + ".json", self.variant.marks)

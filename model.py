@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 from pbmge import PBMGE
 from sasgl import SASGL
-from support.dinov2 import PATCH, load_dinov2
+from support.dinov2 import check_dino_size, load_dinov2
 from support.files import UserError
 from support.options import option
 from support.parallel import gathered
@@ -167,9 +167,7 @@ class Options:
         self.check_rows(rows, self.strides, "--size and --strides")
         if self.gait:
             self.check_rows(self.code_size[0], self.gait_strides, "--code-size and --gait-strides")
-            if self.dino_size[0] % PATCH or self.dino_size[1] % PATCH:
-                raise UserError(f"--dino-size {self.dino_size}; expected multiples of 14, DINOv2's "
-                                "patch")
+            check_dino_size(self.dino_size)
 
     def check_rows(self, rows, strides, options):
         """Can maps of so many rows, after these strides, be cut into strips? options: the ones that

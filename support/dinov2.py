@@ -197,6 +197,12 @@ def levels_of(dinov2):
     return [dinov2.n_blocks * k // 4 - 1 for k in (1, 2, 3, 4)]
 
 
+def check_dino_size(size):
+    """size: height and width that DINOv2 sees. Raises UserError."""
+    if any(side < PATCH or side % PATCH for side in size):
+        raise UserError(f"--dino-size {size}; expected multiples of 14, DINOv2's patch")
+
+
 def load_dinov2(name, weights=None, pretrained=True):
     """The frozen DINOv2 of that name, in eval mode.
 

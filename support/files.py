@@ -144,6 +144,15 @@ class RunFolder:
             return False
         return os.path.samefile(self.path, self.resume)
 
+    def is_alive(self):
+        """Has another process the lock? Not to be asked of a run of one's own: the system drops a
+        process's lock when it closes the file, however often that is open."""
+        path = self.file(self.LOCK)
+        if not os.path.exists(path):
+            return False
+        with open(path, "a") as file:
+            return not try_lock(file)
+
     def check(self):
         """Raises UserError if the folder cannot be taken; writes nothing."""
         if self.path is None or self.is_resumed:

@@ -60,7 +60,14 @@ from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from support import clip
-from support.dinov2 import DINOV2, PATCH, TINY, DinoVisionTransformer, levels_of, load_dinov2
+from support.dinov2 import (
+    DINOV2,
+    TINY,
+    DinoVisionTransformer,
+    check_dino_size,
+    levels_of,
+    load_dinov2,
+)
 from support.files import UserError, check_writable, in_short, write_atomic
 from support.footage import find_footage, read_frame
 from support.options import Bar, Parser, cli, progress, say
@@ -373,8 +380,7 @@ def command_line():
     if width < COMPONENTS:
         raise UserError(f"--dinov2 {args.dinov2} is no teacher; expected a large one, such as "
                         "dinov2_vits14")
-    if any(side < PATCH or side % PATCH for side in args.dino_size):
-        raise UserError(f"--dino-size {args.dino_size}; expected multiples of 14, DINOv2's patch")
+    check_dino_size(args.dino_size)
     return args
 
 
