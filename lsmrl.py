@@ -1,8 +1,8 @@
 """LSMRL (Yang et al., 2026): language-driven sequence-level modal-invariant representations.
 
-Words know no wavelength: "a person in a long coat" is the same sentence by day and by night. So
-LSMRL learns one sentence per identity, shared by both modalities, and lets CLIP's language pull
-visible and infrared video towards it:
+"A person in a long coat" is the same sentence by day and by night. So LSMRL learns one sentence per
+identity, shared by both modalities, and CLIP's language pulls visible and infrared video towards
+it:
 
     frames (B,T,3,288,144) -> stfl: CLIP ViT-B/16, read as 8 basic, 2 grouped, 2 shifted blocks
        -> tokens (B,T,768), one a frame
@@ -14,12 +14,11 @@ visible and infrared video towards it:
     test:  embed()   -> side_by_side(z, f) as one part (B,1,1280), each L2-normalised
     train: forward() -> named losses of z, f and c
 
-The paper's abstract (arXiv 2601.12062) gives the modules and what each is for; its formulas and
+The paper's abstract (arXiv 2601.12062) names the modules and what each is for; its formulas and
 numbers are not public. So each choice is marked: [paper] the abstract says so, [after X] it follows
-a public predecessor, [ours] else. The predecessors: CLIP-ReID (Li et al., AAAI 2023), sentences of
-learned words for identities; VLD (video-level language-driven VVI-ReID, 2025), the same for both
-modalities; X-ReID (AAAI 2026), cross-modality interaction in training; TPS (temporal patch shift,
-ECCV 2022), action recognition.
+a public predecessor, [ours] otherwise. The predecessors: CLIP-ReID (Li et al., AAAI 2023), VLD
+(video-level language-driven VVI-ReID, 2025), X-ReID (AAAI 2026), TPS (temporal patch shift, ECCV
+2022).
 
 - [paper] CLIP as backbone with minimal changes; STFL's three encoders; modality-shared prompts; SD
   before CMI; identity-level losses and two modality-level ones, for discrimination and for
@@ -31,20 +30,22 @@ ECCV 2022), action recognition.
   modalities' tokens in one row, and the consistency loss.
 
 Quick question: why does SD read a bank of all training identities' sentences, and not the person's
-own? (At test nobody knows the person, so there is no sentence of theirs. The bank is a vocabulary;
-a stranger is described in the words of others.)
+own? (At test the person is unknown, so there is no such sentence. The bank is a vocabulary: a
+stranger is described in the words of others.)
 
 Ours, not the paper's: all that is marked [ours] below: the 8/2/2 split; the form of the grouped
 attention; SD's bank and its zero-initialised output; that CMI pairs tracklets, and its losses; both
-modality losses' formulas and weights; ImageNet's mean and deviation as in the rest of the house;
-the small preset, the ablation switches; what pictures show.
+modality losses' formulas and weights; ImageNet's mean and deviation; the small preset, the ablation
+switches; what pictures show.
 """
 import math
 from dataclasses import dataclass
 
-from support.clip import Attention, Block, clip_sizes, load_clip, prompt_of
+from support.clip import CLIP_MODELS, Attention, Block, Mlp, load_clip, prompt_of
 from support.files import UserError
-from support.options import as_typed, option
+from support.footage import normalise
+from support.method import Method
+from support.options import option
 from support.parallel import gathered
 
 import torch
@@ -127,27 +128,6 @@ def stfl(visual, frames, *, split, groups):
             x = x[:, :, :1]    # nobody reads the patches any more: they are spared the last MLP
         x = x + block.mlp(block.ln_2(x))
     return visual.ln_post(x[:, :, 0])
-
-
-def looks(visual, frames, *, split, groups):
-    """frames (B, T, 3, H, W) -> tokens (B, T, D) of stfl, and how much the last block's tokens look
-    at each patch: shares (B, T, h, w). In a shifted block a frame's patches are looked at by the
-    tokens of other frames. None where it is a grouped one, whose tokens look into all frames. For
-    pictures. [ours]"""
-    inputs = []
-    block = visual.transformer.resblocks[-1]
-    hook = block.attn.register_forward_pre_hook(lambda attention, given: inputs.append(given[0]))
-    tokens = stfl(visual, frames, split=split, groups=groups)
-    hook.remove()
-    _, grouped, shifted = split
-    if grouped and not shifted:
-        return tokens, None
-    [x] = inputs    # (B*T, 1+N, D)
-    shares = block.attn.weights(x[:, :1], x)[:, 0, 1:]    # (B*T, N)
-    shares = shares.unflatten(0, frames.shape[:2])
-    if shifted:    # rolled back: each share to the frame that its patch comes from
-        shares = roll_patches(shares[..., None], visual.grid, sign=-1)[..., 0]
-    return tokens, shares.unflatten(2, visual.grid)
 
 
 # --------------------------------------------------- prompts, SD and CMI ----
@@ -291,114 +271,75 @@ def consistency_loss(z, c):
     return apart.square().sum(1).mean()
 
 
-# --------------------------------------------------------- configuration ----
+# ----------------------------------------------------------------- LSMRL ----
 
 @dataclass
 class Options:
-    """LSMRL's own choices, and where its recipe differs from the common defaults (train.py)."""
-    epochs: int = option(
-        24, "0 evaluates the untrained model", least=0, most=10_000, group="schedule")
-    optimizer: str = option("AdamW", "AdamW, or Adam", group="schedule")
-    lr: float = option(
-        2.5e-5, "learning rate of CLIP's weights; higher forgets what CLIP knows",
-        least=1e-12, most=100, group="schedule")
-    weight_decay: float = option(
-        1e-4, "AdamW's weight decay", least=0, most=100, group="schedule")
-    warmup_epochs: int = option(
-        3, "linear warm-up from 0.01 of the rate", least=0, most=10_000, group="schedule")
-    milestones: tuple = option(
-        (), "epochs at which the rate falls tenfold, where --cosine is off", group="schedule")
-    cosine: bool = option(
-        True, "after the warm-up the rate follows a cosine that ends at 0.01 after the last epoch; "
-        "more --epochs on resuming stretch it", group="schedule")
-    size: tuple = option(
-        (288, 144), "height and width of the frames, multiples of the patch",
-        least=1, most=4096, group="data")
+    """LSMRL's own choices; LSMRL.recipe has its defaults of train.Config's."""
     boost: float = option(
         25.0, "factor on the rate of classifiers, prompts and biases; lower it with --clip "
-        "tiny-random, whose own weights are new as well", least=0, most=10_000)
+        "tiny-random, whose own weights are new as well")
     clip: str = option("ViT-B-16", "ViT-B-16; tiny: offline, for walkers; tiny-random: not trained")
     clip_weights: str = option("", "local copy of OpenAI's ViT-B-16.pt, instead of the download")
     split: tuple = option(
-        (8, 2, 2), "blocks read as basic, grouped, patch-shift encoders; 12 0 0 is plain CLIP",
-        least=0, most=100)
-    groups: int = option(
-        6, "stripes of the grouped encoder; must divide the rows of patches", least=1, most=1000)
+        (8, 2, 2), "blocks read as basic, grouped, patch-shift encoders; 12 0 0 is plain CLIP")
+    groups: int = option(6, "stripes of the grouped encoder; must divide the rows of patches")
     sd: bool = option(True, "off removes semantic diffusion")
     cmi: bool = option(True, "off removes cross-modal interaction")
     text: float = option(
-        0.08, "weight of the video-to-text loss; 0: no gradient reaches the prompts but through SD",
-        least=0, most=10_000)
-    contrast: float = option(
-        1.0, "weight of the modality loss for discrimination; 0 removes it", least=0, most=10_000)
-    centre: float = option(
-        0.5, "weight of the modality loss for generalisation; 0 removes it", least=0, most=10_000)
+        0.08, "weight of the video-to-text loss; 0: no gradient reaches the prompts but through SD")
+    contrast: float = option(1.0, "weight of the modality loss for discrimination; 0 removes it")
+    centre: float = option(0.5, "weight of the modality loss for generalisation; 0 removes it")
     consistency: float = option(
-        1.0, "weight of the pull of z towards CMI's c; 0 leaves CMI its own identity losses",
-        least=0, most=10_000)
+        1.0, "weight of the pull of z towards CMI's c; 0 leaves CMI its own identity losses")
 
+
+def classifier(dim, classes):
+    return nn.Sequential(nn.BatchNorm1d(dim), nn.Linear(dim, classes, bias=False))
+
+
+class LSMRL(Method):
+    """The whole method, see Method. An idea of your own: subclass it and replace `pool` or an entry
+    of what `losses_of` returns."""
+    Options = Options
+    recipe = {"epochs": 24, "optimizer": "AdamW", "lr": 2.5e-5, "weight_decay": 1e-4,
+              "warmup_epochs": 3, "cosine": True, "size": (288, 144)}
     # A laptop's CPU, minutes: a tiny CLIP that knows walkers by day and the words for what they
     # wear. Many people, each seen a few times: it is to learn the night, not the people by heart.
     small = {"people": 320, "epochs": 4, "steps": 30, "identities": 32, "tracklets": 1, "frames": 2,
              "test_frames": 8, "evaluate_every": 2, "lr": 5e-4, "boost": 5.0, "warmup_epochs": 0,
              "size": (128, 64), "workers": 0, "erase": 0.0, "clip": "tiny", "split": (2, 1, 1),
              "groups": 4, "contrast": 3.0}
+    recomputed = (Attention, Mlp)
+    whole_batch = ("heads",)
 
-    def check(self):
-        """Raises UserError for a configuration that cannot work."""
-        sizes = clip_sizes(self.clip)
-        patch, depth = sizes["patch"], sizes["depth"]
-        height, width = self.size
-        if height % patch or width % patch:
-            raise UserError(f"--size {height} {width}; expected multiples of {patch}, the patch of "
-                            f"{self.clip}")
-        if sum(self.split) != depth:
-            raise UserError(f"--split {as_typed(self.split)}; expected three numbers that add up "
-                            f"to the {depth} blocks of {self.clip}")
-        rows = height // patch
-        _, grouped, _ = self.split    # an option with limits has as many numbers as its default
-        if grouped and rows % self.groups:
-            raise UserError(f"--groups {self.groups}; expected a divisor of the {rows} rows of "
-                            "patches")
-
-
-# ----------------------------------------------------------------- LSMRL ----
-
-def classifier(dim, classes):
-    return nn.Sequential(nn.BatchNorm1d(dim), nn.Linear(dim, classes, bias=False))
-
-
-class LSMRL(nn.Module):
-    """The whole method. config: Options and the common choices, see train.py; classes: training
-    identities; pretrained=False: random, with an empty bank, to be filled by a checkpoint.
-
-    An idea of one's own: subclass it and replace `pool` or an entry of what `losses_of` returns."""
-
-    Options = Options
-    warm_up_steps = 0    # no part of it is trained alone first
-
-    def __init__(self, config, classes, pretrained=True):
+    def __init__(self, options, classes, size, pretrained=True):
         super().__init__()
-        self.config = config
-        self.clip = load_clip(config.clip, config.clip_weights, pretrained)
+        self.options = o = options
+        self.clip = load_clip(o.clip, o.clip_weights, pretrained)
+        sizes = CLIP_MODELS[o.clip]
+        patch = sizes["patch"]
+        rows, columns = size[0] // patch, size[1] // patch
+        if size[0] % patch or size[1] % patch:
+            raise UserError(f"size {size}; expected multiples of {patch}, the patch of {o.clip}")
+        if len(o.split) != 3 or sum(o.split) != sizes["depth"]:
+            raise UserError(f"split {o.split}; expected three numbers that add up to the "
+                            f"{sizes['depth']} blocks of {o.clip}")
+        if o.split[1] and rows % o.groups:
+            raise UserError(f"groups {o.groups}; expected a divisor of the {rows} rows of patches")
         visual = self.clip.visual
-        height, width = config.size
-        patch = clip_sizes(config.clip)["patch"]
-        visual.resize(height // patch, width // patch)
+        visual.resize(rows, columns)
 
         dim, text_dim = visual.proj.shape
         attention_heads = visual.transformer.resblocks[0].attn.heads
         self.prompts = Prompts(classes=classes, width=self.clip.token_embedding.embedding_dim,
-                               sentence=prompt_of(config.clip))
+                               sentence=prompt_of(o.clip))
         # The text features as SD last saw them: at test they are fixed.
         self.register_buffer("bank", torch.zeros(classes, text_dim))
-        self.sd = SD(dim=dim, text_dim=text_dim, heads=attention_heads) if config.sd else None
-        self.cmi = CMI(dim=dim, heads=attention_heads) if config.cmi else None
-        self.heads = nn.ModuleDict()
-        self.heads["z"] = classifier(dim, classes)
-        self.heads["f"] = classifier(text_dim, classes)
-        if config.cmi:
-            self.heads["cmi"] = classifier(dim, classes)
+        self.sd = SD(dim=dim, text_dim=text_dim, heads=attention_heads) if o.sd else None
+        self.cmi = CMI(dim=dim, heads=attention_heads) if o.cmi else None
+        dims = {"z": dim, "f": text_dim} | ({"cmi": dim} if o.cmi else {})
+        self.heads = nn.ModuleDict({name: classifier(d, classes) for name, d in dims.items()})
         for head in self.heads.values():
             nn.init.normal_(head[1].weight, std=0.001)
         if pretrained:    # the bank is filled, should it be evaluated before its first step
@@ -413,7 +354,7 @@ class LSMRL(nn.Module):
     def features(self, frames, bank):
         """frames (B, T, 3, H, W), bank (C, d) -> tokens (B, T, D), sequence features z (B, D) and
         f (B, d), float32."""
-        tokens = stfl(self.clip.visual, frames, split=self.config.split, groups=self.config.groups)
+        tokens = stfl(self.clip.visual, frames, split=self.options.split, groups=self.options.groups)
         if self.sd is not None:
             tokens = self.sd(tokens, bank)
         with torch.autocast(frames.device.type, enabled=False):
@@ -432,28 +373,37 @@ class LSMRL(nn.Module):
         return side_by_side(z, f)[:, None]
 
     def reading(self, frames):
-        """frames (B, T, 3, H, W) -> where tokens look, (B, T, h, w) or None (see looks), and how
-        much each tracklet reads of each training identity's sentence, (B, C) or None. For
-        pictures."""
-        tokens, look = looks(self.clip.visual, frames, split=self.config.split,
-                             groups=self.config.groups)
+        """For pictures: how much each frame's token looks at each patch in the last block (None if
+        that is a grouped one, whose tokens look into all frames), and how much each tracklet reads
+        of each sentence (None without SD). See Method.reading. [ours]"""
+        visual, inputs = self.clip.visual, []
+        attention = visual.transformer.resblocks[-1].attn
+        hook = attention.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+        tokens = stfl(visual, frames, split=self.options.split, groups=self.options.groups)
+        hook.remove()
         reads = None if self.sd is None else self.sd.reads(tokens, self.bank).mean(1)
-        return look, reads
+        _, grouped, shifted = self.options.split
+        if grouped and not shifted:
+            return None, reads
+        [x] = inputs    # (B*T, 1+N, D)
+        look = attention.weights(x[:, :1], x)[:, 0, 1:].unflatten(0, frames.shape[:2])    # (B, T, N)
+        if shifted:    # rolled back: each share to the frame that its patch comes from
+            look = roll_patches(look[..., None], visual.grid, sign=-1)[..., 0]
+        return look.unflatten(2, visual.grid), reads
 
     def streams_of(self, embeddings):
-        """Embeddings (N, 1, D + d) -> {"z": (N, 1, D), "f": (N, 1, d)}: what each knows alone.
-        Empty for what a subclass embeds in another size."""
-        D, d = self.clip.visual.proj.shape
-        if embeddings.shape[2] != D + d:
-            return {}
-        return {"z": embeddings[..., :D], "f": embeddings[..., D:]}
+        """Embeddings (N, 1, D + d) -> {"z": (N, 1, D), "f": (N, 1, d)}."""
+        sizes = list(self.clip.visual.proj.shape)
+        if isinstance(embeddings, dict) or embeddings.shape[2] != sum(sizes):    # a subclass's own
+            return super().streams_of(embeddings)
+        return dict(zip("zf", embeddings.split(sizes, dim=2), strict=True))
 
     def forward(self, frames, modality, label):
         """Training step: -> named losses (weighted: the total is their sum), and what the progress
         bar shows."""
         modality = modality.to(label.device, non_blocking=True)
         text = None    # if SD is off and the text loss too, nobody reads it
-        if self.sd is not None or self.config.text:
+        if self.sd is not None or self.options.text:
             text = self.text_features().float()
             self.bank.copy_(text.detach())
         tokens, z, f = self.features(frames, text)
@@ -486,18 +436,18 @@ class LSMRL(nn.Module):
         streams: {"z": (B, D), "f": (B, d), "cmi": (B, D)}, the last one being c, where CMI is on;
         text (C, d), None where nothing reads it; label (B,); modality (B,), 0 visible, 1 infrared.
         Float32, and the tracklets of all processes."""
-        config = self.config
+        o = self.options
         z, f = streams["z"], streams["f"]
         losses = {f"triplet_{name}": weighted_triplet_loss(x, label) for name, x in streams.items()}
         compared = side_by_side(z, f) / math.sqrt(2)    # what test compares, of length 1
-        if config.text:
-            losses["text"] = config.text * text_loss(f, text, label)
-        if config.contrast:
-            losses["contrast"] = config.contrast * contrast_loss(compared, label, modality)
-        if config.centre:
-            losses["centre"] = config.centre * centre_loss(compared, label, modality)
-        if config.consistency and "cmi" in streams:
-            losses["consistency"] = config.consistency * consistency_loss(z, streams["cmi"])
+        if o.text:
+            losses["text"] = o.text * text_loss(f, text, label)
+        if o.contrast:
+            losses["contrast"] = o.contrast * contrast_loss(compared, label, modality)
+        if o.centre:
+            losses["centre"] = o.centre * centre_loss(compared, label, modality)
+        if o.consistency and "cmi" in streams:
+            losses["consistency"] = o.consistency * consistency_loss(z, streams["cmi"])
         return losses
 
     def parameter_groups(self):
@@ -514,4 +464,26 @@ class LSMRL(nn.Module):
                 fast.append(parameter)
             else:
                 slow.append(parameter)
-        return [{"params": slow, "factor": 1}, {"params": fast, "factor": self.config.boost}]
+        return [{"params": slow, "factor": 1}, {"params": fast, "factor": self.options.boost}]
+
+
+def main():
+    """The small preset on a few walkers: its losses, and whose sentence each one is nearest to."""
+    from support.options import fill
+    from walkers import sample    # the demo alone draws
+
+    torch.manual_seed(1)
+    model = LSMRL(fill(Options, LSMRL.small), classes=4, size=(128, 64))
+    frames, modality, label = sample(people=4, T=2)
+    losses, _ = model(normalise(frames), modality, label)
+    for name, loss in losses.items():
+        print(f"{name:20} {loss.item():8.4f}")
+    model.eval()
+    embedding = model.embed(normalise(frames), modality)[:, 0]
+    by_day, by_night = embedding[:4], embedding[4:]
+    print("embedding", tuple(embedding.shape))
+    print("nearest by day to each by night:", torch.cdist(by_night, by_day).argmin(1).tolist())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,35 +1,32 @@
 """PBMGE: progressive bidirectional multi-granularity enhancement (DinoGRL, section 3.3).
 
-Two people's coats may look alike and two people's walks may look alike, seldom both. So each stream
-asks the other, strip by strip and from coarse to fine, what confirms it and what contradicts it:
+Two people's coats may look alike, or their walks; rarely both. So each stream is corrected by the
+other, strip by strip and from coarse to fine: what the other stream confirms is added, what it
+contradicts is subtracted.
 
     gait parts        g_0 | g_1 g_2 | g_3 .. g_6 | g_7 .. g_14 | g_15 .. g_30      (B, 31, D)
     appearance parts  a_0 | a_1 a_2 | a_3 .. a_6 | a_7 .. a_14 | a_15 .. a_30      (B, 31, D)
                    global    n = 2       n = 4        n = 8          n = 16         granularities
 
-    for each granularity n = 2, 4, 8, 16, walking its strips i in order, from x = g_0 and y = a_0:
-        x <- enhance_gait(query x, source a_i)          appearance tells gait  } bidirectional,
-        y <- enhance_appearance(query y, source g_i)    gait tells appearance  } progressive
+    for each granularity n = 2, 4, 8, 16, over its strips i in order, from x = g_0 and y = a_0:
+        x <- enhance_gait(query x, source a_i)          appearance corrects gait  } bidirectional,
+        y <- enhance_appearance(query y, source g_i)    gait corrects appearance  } progressive
     the last x and y of each granularity are appended: (B, 35, D) and (B, 35, D).
 
-Enhance(q, s), in the code of `query` and `source`, is a cross-attention over the D channels of a
-part, each channel one scalar token:
-
-    f = theta(q) phi(s)^T / D,    out = q + BN(W1(relu(f) g(s))) - BN(W2(relu(-f) g(s)))
-
-The literal form (tests/test_pbmge.py has it, as the reference) lifts every scalar to D dimensions
-and so costs D^3 a pair. But all the lifted tokens lie on one line, hence the D x D affinity is
+`enhance` is a cross-attention over the D channels of a part, each channel one scalar token. The
+function enhance_as_written has the paper's formulas. They lift every scalar to D dimensions, so a
+pair costs D^3 operations. But all lifted tokens lie on one line, hence the D x D affinity is
 bilinear in two scalars,
 
     f_ij = (k1 q_i s_j + k2 q_i + k3 s_j + k4) / D = alpha_i s_j + beta_i,    k: products of weights
 
-For one query channel i, then, f is a straight line over s. It crosses 0 at the threshold s =
--beta_i / alpha_i: relu(f) is 0 on one side of it and that line on the other. With s sorted and its
-powers summed up from the left, "the sum over all j beyond the threshold" is one look-up: O(D log
-D), to rounding the same value, and some 60 times as fast at D = 256.
+For one query channel i, f is a straight line over s. It crosses 0 at the threshold s = -beta_i /
+alpha_i: relu(f) is 0 on one side and that line on the other. With s sorted and its powers summed
+up from the left, "the sum over all j beyond the threshold" is one look-up: O(D log D), the same
+value to rounding, and some 60 times as fast at D = 256. That is the class Enhance.
 
 Quick question: what does PBMGE compute at the first training step? (Nothing: its last BatchNorm
-starts at zero, so out = q. It learns to speak only where speaking lowers the loss.)
+starts at zero, so out = q. It departs from that only where the loss falls by it.)
 
 Ours, not the paper's: the sorted evaluation; float32 throughout under autocast (sums over sorted
 values lose too much in bfloat16).
@@ -40,6 +37,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+
+# ------------------------------------------------------ the paper's formulas ----
+
+def enhance_as_written(query, source, theta, phi, g, W1, W2):
+    """The paper's enhancement, one tracklet and one channel as one token: query (B, D), source
+    (B, D) -> (B, D). theta, phi, g: 1x1 convolutions 1 -> D; W1, W2: D -> 1 and a batch norm. The
+    reference for Enhance, in training and in evaluation."""
+    D = query.shape[1]
+    q = theta(query[:, None]).transpose(1, 2)    # (B, D tokens, D)
+    k = phi(source[:, None])    # (B, D, D tokens)
+    v = g(source[:, None]).transpose(1, 2)    # (B, D tokens, D)
+    f = q @ k / D    # (B, D, D): how far does channel j of the source agree with channel i?
+    similar = W1((F.relu(f) @ v).transpose(1, 2))    # (B, 1, D)
+    dissimilar = W2((F.relu(-f) @ v).transpose(1, 2))
+    return query + (similar - dissimilar)[:, 0]
+
+
+# ------------------------------------------------------------ the fast form ----
 
 class Source(NamedTuple):
     """Parts prepared as sources: values sorted along channels (..., D), and sums of their powers
@@ -53,8 +68,7 @@ class Source(NamedTuple):
 
 
 def prepare(parts):
-    """Parts (..., D) -> Source. Sorting and summing once serves every enhancement that reads
-    them."""
+    """Parts (..., D) -> Source: sorted and summed once for every enhancement that reads them."""
     values = parts.sort(dim=-1).values.contiguous()
     powers = torch.stack([torch.ones_like(values), values, values * values], dim=-2)
     return Source(values, F.pad(powers.cumsum(dim=-1), (1, 0)))
@@ -75,12 +89,10 @@ class Products(NamedTuple):
 
 
 class Enhance(nn.Module):
-    """out = q + similar - dissimilar: what the source confirms is added, what it contradicts is
-    taken away.
+    """enhance_as_written, in sorted form: query (B, D), source: prepare()d (B, D) -> (B, D).
 
-    similar = BN(W1(relu(f) g(s))), dissimilar = BN(W2(relu(-f) g(s))), f = theta(q) phi(s)^T / D.
     theta, phi and g are kept as the 1x1 convolutions they are (the released tensors fit), though
-    forward() only ever needs products of their weights."""
+    forward() only needs products of their weights."""
 
     def __init__(self, dim):
         super().__init__()
@@ -102,7 +114,7 @@ class Enhance(nn.Module):
                         W1 @ g, W1 @ g_bias, W2 @ g, W2 @ g_bias)
 
     def forward(self, query, source, p):
-        """query (B, D), source: prepare()d (B, D), p: products() -> (B, D)."""
+        """p: products()."""
         D = query.shape[-1]
         alpha = (p.k1 * query + p.k3) / D    # f_ij = alpha_i s_j + beta_i, both (B, D)
         beta = (p.k2 * query + p.k4) / D
@@ -176,3 +188,24 @@ class PBMGE(nn.Module):
             refined_appearance.append(y)
             first += n
         return torch.stack(refined_gait, 1), torch.stack(refined_appearance, 1)
+
+
+def main():
+    """Both forms, and that PBMGE starts as the identity and can leave it."""
+    torch.manual_seed(1)
+    gait, appearance = torch.randn(2, 8, 31, 64)
+    pbmge = PBMGE(dim=64, strips=(1, 2, 4, 8, 16))
+    refined, _ = pbmge(gait, appearance)
+    print(f"parts {tuple(gait.shape)} -> {tuple(refined.shape)}")
+    print(f"at first part 31 differs from part 0 by {(refined[:, 31] - gait[:, 0]).abs().max():.1g}")
+    e = pbmge.enhance_gait
+    nn.init.ones_(e.W1[1].weight)
+    query, source = gait[:, 0], appearance[:, 1]
+    fast = e(query, prepare(source), e.products())
+    slow = enhance_as_written(query, source, e.theta, e.phi, e.g, e.W1, e.W2)
+    print(f"with a gain of 1 a source changes the query by {(fast - query).abs().mean():.2f}")
+    print(f"the two forms differ by {(fast - slow).abs().max():.1g}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """SASGL: semantic-aware silhouette and gait learning (DinoGRL, section 3.2).
 
-A walk is the same walk by day and by night; a coat's colour is not. So DinoGRL reads gait from soft
-silhouettes that a frozen DINOv2 sees in either modality, without a single silhouette label.
+A walk is the same walk by day and by night; the colour of a coat is not. So DinoGRL reads gait from
+soft silhouettes that a frozen DINOv2 finds in either modality, without one silhouette label.
 Semantic-aware: what is kept of a pixel is not its colour but what DINOv2's features say it is.
 
     frames (N,3,256,128), N = B*T
@@ -14,29 +14,32 @@ Semantic-aware: what is kept of a pixel is not its colour but what DINOv2's feat
         +-- appearance_branch -> appearance code (N,16,64,32), sigmoids: what is it like?
     both codes -> gait_net: two CodeStems -> AttentionFusion -> backbone -> (N,2048,16,8)
 
-The codes' names are BigGait's, from which the release takes them: "denoising", since a softmax over
-16 channels can say one of 16 words, which leaves no room for texture. The appearance code is a code
-of gait; the appearance *stream*, from pixels, is model.py's.
+The codes' names are BigGait's, from which the release takes them. "Denoising": a softmax picks one
+of 16 labels per pixel, so texture cannot pass through. The appearance code belongs to the gait
+stream; the appearance *stream*, from pixels, is in model.py.
 
-The mask bottleneck is the trick: through two softmax channels only the strongest contrast of the
-features can be reconstructed, and for DINOv2 on a pedestrian crop that is body against background.
+The mask bottleneck: through two softmax channels only the strongest contrast of the features can be
+reconstructed. For DINOv2 on a pedestrian crop, that is body against background.
 
-What trains what: the mask is detached (in the released code too) before the codes are cut out on
-it, so mask_branch learns from its own reconstruction alone, and the re-identification losses train
-the codes' branches and the gait net. The paper's "jointly" is one sum of losses, not one path of
-gradients. Until the mask is good, the codes are cut out of the wrong pixels: where no trained
-mask_branch is given, train.py trains it alone for some steps first (DinoGRL.warm_up_losses).
+What trains what: the mask is detached before the codes are cut out with it (in the release too). So
+mask_branch learns from its own reconstruction alone, and the re-identification losses train the
+codes' branches and the gait net. The paper's "jointly" means that the losses are summed. Until the
+mask is good, the codes are cut out of the wrong pixels: without a trained mask_branch, train.py
+first trains it alone for some steps.
 
-Quick question: why detach it at all? (Else identity losses would grow or shrink the silhouette
-until it tells identities apart, by its errors.)
+Quick question: why detach the mask? (Otherwise identity losses would grow or shrink the silhouette
+until its errors tell identities apart.)
 
-Ours, not the paper's: that warm-up; choose_body's 5 edge rows scale with the map's height; a
-batch without two foreground pixels gives empty codes instead of an error.
+Ours, not the paper's: that warm-up; choose_body's 5 edge rows scale with the map's height; a batch
+without two foreground pixels gives empty codes, not an error; the smoothness loss of the mask is
+not computed (see smooth_loss).
 """
 import math
 from typing import NamedTuple
 
-from support.dinov2 import PATCH, levels_of
+from support.dinov2 import levels_of
+from support.files import UserError
+from support.footage import normalise
 from support.resnet import BasicBlock
 
 import torch
@@ -49,7 +52,7 @@ SOBEL = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
 # ------------------------------------------------------------- silhouette ----
 
 class MaskBranch(nn.Module):
-    """The mask bottleneck: features of pixels (M, D) -> soft mask (M, 2), reconstruction loss."""
+    """The mask bottleneck: features of pixels (M, D) -> soft mask (M, 2)."""
 
     def __init__(self, dim):
         super().__init__()
@@ -60,9 +63,11 @@ class MaskBranch(nn.Module):
 
     def forward(self, pixels):
         dropped = F.dropout(pixels, 0.5, self.training)
-        mask = self.down_sampling(self.bn_s(dropped)).float().softmax(1)
-        reconstructed = self.up_sampling(mask)
-        return mask, F.mse_loss(reconstructed.float(), pixels.float())
+        return self.down_sampling(self.bn_s(dropped)).float().softmax(1)
+
+    def reconstruction_loss(self, mask, pixels):
+        """How well do the mask's two numbers give back the features of its pixels?"""
+        return F.mse_loss(self.up_sampling(mask).float(), pixels.float())
 
 
 def choose_body(mask):
@@ -93,11 +98,11 @@ def refine_edges(body):
 def smooth_loss(maps):
     """Maps (N, C, H, W) -> scalar: |Sobel x| + |Sobel y| of the channels' sum, per value. Few,
     closed regions are cheap. Of the denoising code all channels but the last are summed (see
-    encode): what costs is the border of the last one's region, and the body's outline.
+    forward): the loss is the border of the last one's region, and the outline of the body.
 
-    The mask's two channels sum to 1 everywhere. Its only edges are those of the zero padding: a
-    constant, without a gradient. (The release reads pixel-major memory as channel-major there, so
-    its term does have a gradient, though not the intended one.)"""
+    The paper applies it to the mask too. The mask's two channels sum to 1 everywhere, so that loss
+    is constant and has no gradient: it is not computed here. (The release reads pixel-major memory
+    as channel-major there: its term has a gradient, though not the intended one.)"""
     sobel = SOBEL.to(maps)
     both = torch.stack([sobel, sobel.t()])[:, None]    # (2, 1, 3, 3)
     edges = F.conv2d(maps.sum(1, keepdim=True), both, padding=1)
@@ -107,9 +112,7 @@ def smooth_loss(maps):
 # ------------------------------------------------------------------ codes ----
 
 class DenoisingBranch(nn.Module):
-    """Features of pixels (M, 4D) -> denoising code (M, 16), a softmax: it can only say which part
-    of the body this is."""
-    recomputable = True    # train.py may compute its activations again: --checkpoint-activations
+    """Features of pixels (M, 4D) -> denoising code (M, 16), a softmax: one of 16 labels."""
 
     def __init__(self, dim, channels):
         super().__init__()
@@ -196,63 +199,67 @@ class GaitNet(nn.Module):
 
 class Codes(NamedTuple):
     """What SASGL sees in N frames: soft mask (N,2,h,w), body probability and silhouette (N,h,w),
-    the two codes (N,16,h,w), named losses, weighted."""
+    the two codes (N,16,h,w)."""
     mask: torch.Tensor
     body: torch.Tensor
     silhouette: torch.Tensor
     denoising: torch.Tensor
     appearance: torch.Tensor
-    losses: dict
 
 
 class SASGL(nn.Module):
-    """Frames (B, T, 3, H, W), normalised -> gait maps (B, T, C, h, w) and the Codes they were read
-    from.
+    """Frames (B, T, 3, H, W), normalised -> gait maps (B, T, C, h, w), the Codes they were read
+    from, and named losses, weighted (in training; otherwise {}).
 
-    dinov2: anything with get_intermediate_layers, norm, embed_dim and n_blocks. dino_size: what
-    DINOv2 sees, multiples of 14. code_size: height and width of mask, silhouette and codes."""
+    prior: DINOv2, or anything with get_intermediate_layers, norm, embed_dim, blocks and, if it is
+    not 14, patch_size. It is frozen here. dino_size: what the prior sees; code_size: height and
+    width of mask, silhouette and codes. Raises UserError."""
 
-    def __init__(self, *, dinov2, backbone, width=64, channels=16, dino_size=(448, 224),
+    def __init__(self, *, prior, backbone, width=64, channels=16, dino_size=(448, 224),
                  code_size=(64, 32)):
         super().__init__()
+        patch = getattr(prior, "patch_size", 14)
+        if any(side % patch for side in dino_size):
+            raise UserError(f"dino_size {dino_size}; expected multiples of {patch}, the prior's "
+                            "patch")
+        self.grid = dino_size[0] // patch, dino_size[1] // patch
         self.dino_size, self.code_size, self.channels = dino_size, code_size, channels
-        self.dinov2 = dinov2
-        self.blocks = levels_of(dinov2)    # the last of each quarter: 2, 5, 8, 11 of 12
-        self.mask_branch = MaskBranch(dinov2.embed_dim)
-        self.denoising_branch = DenoisingBranch(4 * dinov2.embed_dim, channels)
-        self.appearance_branch = AppearanceBranch(4 * dinov2.embed_dim, channels)
+        self.prior = prior.requires_grad_(False).eval()
+        self.blocks = levels_of(prior)    # the last of each quarter: 2, 5, 8, 11 of 12
+        self.mask_branch = MaskBranch(prior.embed_dim)
+        self.denoising_branch = DenoisingBranch(4 * prior.embed_dim, channels)
+        self.appearance_branch = AppearanceBranch(4 * prior.embed_dim, channels)
         self.gait_net = GaitNet(channels=channels, width=width, backbone=backbone)
 
     def train(self, mode=True):
         super().train(mode)
-        self.dinov2.eval()    # frozen, whatever the rest does
+        self.prior.eval()    # frozen, whatever the rest does
         return self
 
     @torch.no_grad()
     def features(self, frames):
-        """Frames (N, 3, H, W) -> last (N, h, w, D), mid4 (N, h, w, 4D), on DINOv2's grid."""
+        """Frames (N, 3, H, W) -> last (N, h, w, D), mid4 (N, h, w, 4D), on the prior's grid."""
         frames = F.interpolate(frames, self.dino_size, mode="bilinear", align_corners=False)
-        layers = self.dinov2.get_intermediate_layers(frames, n=self.blocks, norm=False)
-        last = self.dinov2.norm(layers[-1])
+        layers = self.prior.get_intermediate_layers(frames, n=self.blocks, norm=False)
+        last = self.prior.norm(layers[-1])
         mid4 = torch.cat(layers, dim=2)
         mid4 = F.layer_norm(mid4, mid4.shape[2:], eps=1e-6)
-        grid = self.dino_size[0] // PATCH, self.dino_size[1] // PATCH
-        return last.unflatten(1, grid), mid4.unflatten(1, grid)
+        return last.unflatten(1, self.grid), mid4.unflatten(1, self.grid)
 
     def upsampled(self, maps):
-        """(N, h, w, C) on DINOv2's grid -> (N, H, W, C), as large as the codes, bilinear."""
+        """(N, h, w, C) on the prior's grid -> (N, H, W, C), as large as the codes, bilinear."""
         maps = F.interpolate(maps.permute(0, 3, 1, 2), self.code_size, mode="bilinear",
                              align_corners=False)
         return maps.permute(0, 2, 3, 1)
 
-    def mask_and_losses(self, last):
-        """last (N, h, w, D) -> soft mask (N, 2, H, W), its losses, weighted."""
+    def mask_and_loss(self, last):
+        """last (N, h, w, D) -> soft mask (N, 2, H, W), {"mask": its loss} (in training)."""
         pixels = self.upsampled(last).flatten(0, 2)
-        mask, reconstruction = self.mask_branch(pixels)
-        mask = mask.unflatten(0, (-1, *self.code_size)).permute(0, 3, 1, 2)
-        # smooth_mask moves nothing (see smooth_loss): kept for the release's sum of losses.
-        with torch.autocast(last.device.type, enabled=False):
-            return mask, {"mask": reconstruction, "smooth_mask": 0.02 * smooth_loss(mask)}
+        mask = self.mask_branch(pixels)
+        losses = {}
+        if self.training:
+            losses["mask"] = self.mask_branch.reconstruction_loss(mask, pixels)
+        return mask.unflatten(0, (-1, *self.code_size)).permute(0, 3, 1, 2), losses
 
     def code_of(self, branch, pixels, where, N):
         """Pixels (M, 4D) -> their code by `branch`, put back at `where`: (N, 16, H, W), 0
@@ -271,30 +278,30 @@ class SASGL(nn.Module):
                 for branch in (self.denoising_branch, self.appearance_branch)]
 
     def encode(self, frames):
-        """Frames (N, 3, H, W), normalised -> Codes."""
+        """Frames (N, 3, H, W), normalised -> Codes, the mask's loss."""
         last, mid4 = self.features(frames)
-        mask, losses = self.mask_and_losses(last)
+        mask, losses = self.mask_and_loss(last)
         body = choose_body(mask.detach())
         silhouette = refine_edges(body)
         denoising, appearance = self.codes_of(mid4, silhouette)
-        with torch.autocast(frames.device.type, enabled=False):
-            # Without the last channel: the sum over all 16 would be 1 all over the body.
-            losses["smooth_part"] = 0.01 * smooth_loss(denoising[:, :-1])
-            losses["diversity"] = 5 * diversity_loss(denoising)
-        return Codes(mask, body, silhouette, denoising, appearance, losses)
+        return Codes(mask, body, silhouette, denoising, appearance), losses
 
     def forward(self, frames):
-        """In training the maps are read from codes of which some are blanked, see kept_codes. The
-        Codes that are returned are whole: their losses see every code."""
+        """In training some codes are blanked before the gait net reads them, see kept_codes. The
+        losses and the Codes that are returned see every code."""
         B, T = frames.shape[:2]
-        codes = self.encode(frames.flatten(0, 1))
+        codes, losses = self.encode(frames.flatten(0, 1))
         denoising, appearance = codes.denoising, codes.appearance
         if self.training:
+            with torch.autocast(frames.device.type, enabled=False):
+                # Without the last channel: the sum over all 16 would be 1 all over the body.
+                losses["smooth_part"] = 0.01 * smooth_loss(denoising[:, :-1])
+                losses["diversity"] = 5 * diversity_loss(denoising)
             # (2, B*T): denoising, appearance.
             keep = kept_codes(B).repeat_interleave(T, dim=1).to(frames.device, non_blocking=True)
             denoising = denoising * keep[0, :, None, None, None]
             appearance = appearance * keep[1, :, None, None, None]
-        return self.gait_net(denoising, appearance).unflatten(0, (B, T)), codes
+        return self.gait_net(denoising, appearance).unflatten(0, (B, T)), codes, losses
 
 
 def kept_codes(B):
@@ -305,3 +312,28 @@ def kept_codes(B):
     keep = torch.ones(2, B)
     keep[which, torch.arange(B)] = 1 - loses_one.float()
     return keep
+
+
+def main():
+    """Train the mask bottleneck alone on a few walkers, and print two silhouettes it then finds."""
+    from support.dinov2 import load_dinov2
+    from walkers import sample    # the demo alone draws
+
+    frames = normalise(sample(people=8, T=4)[0]).flatten(0, 1)    # (64, 3, 128, 64)
+    torch.manual_seed(1)
+    sasgl = SASGL(prior=load_dinov2("tiny"), backbone=nn.Identity(), width=8, dino_size=(336, 168),
+                  code_size=(32, 16))
+    optimizer = torch.optim.Adam(sasgl.mask_branch.parameters(), lr=5e-2)
+    for _ in range(60):
+        last, _ = sasgl.features(frames[torch.randperm(len(frames))[:16]])
+        _, losses = sasgl.mask_and_loss(last)
+        optimizer.zero_grad()
+        losses["mask"].backward()
+        optimizer.step()
+    codes, _ = sasgl.eval().encode(frames[[0, -1]])
+    for rows in zip(*codes.silhouette.tolist(), strict=True):    # by day, by night
+        print("    ".join("".join(".:#"[int(2 * p)] for p in row) for row in rows))
+
+
+if __name__ == "__main__":
+    main()

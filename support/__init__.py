@@ -1,27 +1,42 @@
-"""What the top level stands on. A first reading may skip it.
+"""What the chapters stand on. A first reading may skip it.
 
-    files.py       errors that a user can act on, writing that loses nothing, a run's folder
-    options.py     a dataclass as a command line, progress bars, exit codes
-    weights.py     tensors read safely and loaded strictly; where official weights come from
-    parallel.py    several processes (torchrun), and one as the simplest case of several
+    method.py      what train.py and evaluate.py ask of a method
+    files.py       errors for users, atomic writing, the folder of a run
+    options.py     a dataclass as a command line, methods and readers by name, exit codes
+    footage.py     frames from image files, folders of frames
+    check.py       every problem of a dataset
+    weights.py     tensors read safely, loaded strictly; checkpoints
+    official.py    the authors' three files, BigGait's mask branch
     dinov2.py, clip.py, resnet.py    the three pre-trained networks, tensor for tensor
-    footage.py     frames: one picture, a user's own folders, a cache of decoded ones
-    ranking.py     distances, CMC, mAP, mINP, re-ranking, the search in a file larger than memory
-    pictures.py    silhouettes, ranked lists and curves, drawn with pillow
-    export.py      the embedding network for programs without this repository
-    priors.py      the demo's small DINOv2 and CLIP, and how they were made
+    parallel.py    several processes (torchrun)
+    pictures.py    silhouettes, ranked lists, what LSMRL reads, curves
     pedestrian.py  one pose of one walker, drawn
+    priors.py      the demo's small DINOv2 and CLIP, and how they were made
 
-Nothing here imports a file of the top level. Our own imports stand before torch's in every file, so
-that this one is read first, for what has to be set before torch is there.
+Nothing here imports a chapter. In each file our own imports come before torch's: this file has
+settings that must be there before torch is imported.
 """
+import ctypes
 import os
 
-# A thread of torch that waits for work spins, by default: on a busy machine it takes the processor
-# from the thread it waits for, and training is ten times slower. A passive thread sleeps instead;
-# after a thousand looks, or small networks are a quarter slower on an idle machine (docs/speed.md).
+# By default a waiting thread of torch spins. On a busy machine it takes the processor from the
+# thread that it waits for: training gets ten times slower. A passive thread sleeps, after a thousand
+# looks (docs/speed.md).
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
     os.environ.update(OMP_WAIT_POLICY="passive", GOMP_SPINCOUNT="1000")
 
-# Or each process warns, before its first step, that it found no unused parameter.
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+def keep_memory():
+    """Ask glibc to keep freed memory for the next step. Returning 100 MB to the system and asking
+    for them again costs a CPU a quarter of its time. Other C libraries are left as they are."""
+    mmap_threshold, trim_threshold, top_pad = -3, -1, -2
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 2 ** 31 - 1)
+        libc.mallopt(trim_threshold, 2 ** 31 - 1)
+        libc.mallopt(top_pad, 2 ** 28)
+    except (OSError, AttributeError, TypeError):
+        pass
+
+
+keep_memory()

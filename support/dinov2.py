@@ -1,22 +1,23 @@
-"""DINOv2 (Oquab et al., 2023): the frozen vision transformer that DinoGRL looks through.
+"""DINOv2 (Oquab et al., 2023): the frozen vision transformer from whose tokens DinoGRL reads gait.
 
     frames (N,3,448,224) -> patches of 14x14 -> 32x16 tokens of D, and CLS -> 12 blocks -> tokens
 
-Tensor for tensor the official state dict, register variants included, and bit for bit its tokens:
-only the classes below are ours. What SASGL asks of it: get_intermediate_layers and norm.
+Mirrors github.com/facebookresearch/dinov2 (models/vision_transformer.py): the same state dict,
+register variants included, and the same tokens. Another network can take its place: SASGL uses
+get_intermediate_layers, norm, blocks, embed_dim and patch_size.
 
-Quick question: why does a change of 0.1 stand in the interpolation of the positions? (The official
-code adds it so that rounding never gives one row too few. It shifts the grid a little, and the
-network was evaluated so everywhere: leave it out and every token differs.)
+Quick question: why is 0.1 added to the size of the grid when positions are interpolated? (The
+official code adds it so that rounding never gives one row too few. The grid shifts a little, in
+every published result too: without the 0.1 all tokens change.)
 
-Ours, not the paper's: TokenLinear, the same product called in another way; the two tiny ones.
+Ours, not the paper's: the two tiny networks.
 """
 import os
-import re
 import warnings
+from collections import OrderedDict
 
 from support.files import ROOT, UserError
-from support.weights import download, load_strictly, named_tensors, read_tensors
+from support.weights import download, load_strictly, read_tensors
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from torch import nn
 
 PATCH = 14
 # name: (width D, blocks, heads, register tokens). The tiny ones are for the offline demo and tests:
-# `tiny` distilled from DINOv2 by support/priors.py, `tiny-random` as it says.
+# `tiny` is distilled from DINOv2 (support/priors.py), `tiny-random` is not trained.
 DINOV2 = {"dinov2_vits14": (384, 12, 6, 0), "dinov2_vits14_reg": (384, 12, 6, 4),
           "dinov2_vitb14": (768, 12, 12, 0), "dinov2_vitb14_reg": (768, 12, 12, 4),
           "dinov2_vitl14": (1024, 24, 16, 0), "dinov2_vitl14_reg": (1024, 24, 16, 4),
@@ -32,21 +33,8 @@ DINOV2 = {"dinov2_vits14": (384, 12, 6, 0), "dinov2_vits14_reg": (384, 12, 6, 4)
 TINY, RANDOM = "tiny", "tiny-random"
 TINY_FILE = os.path.join(ROOT, "assets", "tiny_dinov2.pt")
 RANDOM_SEED = 1002
-# Pinned: the code that will run.
+# A pinned commit: torch.hub runs its code.
 DINOV2_HUB = "facebookresearch/dinov2:b8931f7bf91576930313be2c6d6af376033b35f0"
-
-
-class TokenLinear(nn.Linear):
-    """nn.Linear on tokens (N, L, D). On a CPU it is called as the 1x1 convolution that it is:
-    oneDNN's float32 convolutions use AVX-512 everywhere, MKL's products not on AMD's processors,
-    where they are 2.2 times slower."""
-
-    def forward(self, x):
-        if x.is_cuda:
-            return super().forward(x)
-        maps = x[:, :, None].permute(0, 3, 1, 2)    # (N, D, L, 1)
-        maps = F.conv2d(maps, self.weight[:, :, None, None], self.bias)
-        return maps.permute(0, 2, 3, 1).squeeze(2)
 
 
 class LayerScale(nn.Module):
@@ -58,12 +46,12 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-class Attention(nn.Module):
+class DinoAttention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
-        self.qkv = TokenLinear(dim, 3 * dim)
-        self.proj = TokenLinear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):
         N, L, D = x.shape
@@ -73,24 +61,15 @@ class Attention(nn.Module):
         return self.proj(y.transpose(1, 2).reshape(N, L, D))
 
 
-class Mlp(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.fc1 = TokenLinear(dim, 4 * dim)
-        self.fc2 = TokenLinear(4 * dim, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class Block(nn.Module):
+class DinoBlock(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, heads)
+        self.attn = DinoAttention(dim, heads)
         self.ls1 = LayerScale(dim)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim)
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(dim, 4 * dim), gelu=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
         self.ls2 = LayerScale(dim)
 
     def forward(self, x):
@@ -98,38 +77,27 @@ class Block(nn.Module):
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
-class PatchEmbed(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.proj = nn.Conv2d(3, dim, PATCH, PATCH)
-
-    def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)    # (N, L, D)
-
-
 class DinoVisionTransformer(nn.Module):
-    """DINOv2's ViT, tensor for tensor the official state dict (its mask_token included, unused)."""
+    """DINOv2's ViT with the official state dict (its mask_token included, unused)."""
+    patch_size = PATCH
 
     def __init__(self, *, dim, depth, heads, registers=0):
         super().__init__()
-        self.embed_dim, self.n_blocks = dim, depth
+        self.embed_dim = dim
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         # Pre-trained at 518x518 pixels: 37x37 patches.
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + 37 * 37, dim))
-        self.register_tokens = None
-        if registers:
-            self.register_tokens = nn.Parameter(torch.zeros(1, registers, dim))
+        self.register_tokens = nn.Parameter(torch.zeros(1, registers, dim)) if registers else None
         self.mask_token = nn.Parameter(torch.zeros(1, dim))
-        self.patch_embed = PatchEmbed(dim)
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, PATCH, PATCH)))
+        self.blocks = nn.ModuleList(DinoBlock(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        for parameter in (self.cls_token, self.pos_embed):
-            nn.init.trunc_normal_(parameter, std=0.02)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def positions(self, h, w):
-        """Position embeddings of an h x w grid of patches, (1, 1 + h*w, D), interpolated as the
-        official code does: by a scale factor with its 0.1 (register models: to the size,
-        antialiased)."""
+        """Position embeddings of CLS and an h x w grid of patches, (1, 1 + h*w, D). Register models
+        interpolate in another way, as in the official code."""
         if h == w == 37:
             return self.pos_embed
         cls, grid = self.pos_embed[:, :1], self.pos_embed[:, 1:]
@@ -145,101 +113,76 @@ class DinoVisionTransformer(nn.Module):
         """x (N, 3, H, W), H and W multiples of 14 -> for each block index in n its patch tokens
         (N, H*W/196, D)."""
         N, _, H, W = x.shape
-        x = torch.cat([self.cls_token.expand(N, -1, -1), self.patch_embed(x)], dim=1)
-        x = x + self.positions(H // PATCH, W // PATCH)
-        extra = 1
+        h, w = H // PATCH, W // PATCH
+        patches = self.patch_embed(x).flatten(2).transpose(1, 2)    # (N, h*w, D)
+        x = torch.cat([self.cls_token.expand(N, -1, -1), patches], dim=1) + self.positions(h, w)
         if self.register_tokens is not None:    # after the CLS token, and without a position
             x = torch.cat([x[:, :1], self.register_tokens.expand(N, -1, -1), x[:, 1:]], dim=1)
-            extra += self.register_tokens.shape[1]
         layers = []
         for i, block in enumerate(self.blocks):
             x = block(x)
             if i in n:
-                layers.append((self.norm(x) if norm else x)[:, extra:])
+                layers.append((self.norm(x) if norm else x)[:, -h * w:])
         return tuple(layers)
+
+
+def levels_of(prior):
+    """The indices of the blocks whose tokens SASGL reads: the last of each quarter."""
+    return [len(prior.blocks) * k // 4 - 1 for k in (1, 2, 3, 4)]
 
 
 # --------------------------------------------------------------- weights ----
 
-# Hugging Face's names of the same tensors, as patterns, and the official ones.
-HUGGING_FACE = [
-    (r"embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"embeddings\.position_embeddings", "pos_embed"),
-    (r"embeddings\.(cls_token|mask_token|register_tokens)", r"\1"),
-    (r"encoder\.layer\.(\d+)\.attention\.output\.dense\.", r"blocks.\1.attn.proj."),
-    (r"encoder\.layer\.(\d+)\.layer_scale(\d)\.lambda1", r"blocks.\1.ls\2.gamma"),
-    (r"encoder\.layer\.(\d+)\.(norm\d|mlp\.fc\d)\.", r"blocks.\1.\2."),
-    (r"layernorm\.", "norm.")]
+# Parts of Hugging Face's names -> of the official ones, replaced in this order.
+HUGGING_FACE = {
+    "dinov2.": "", "embeddings.patch_embeddings.projection.": "patch_embed.proj.",
+    "embeddings.position_embeddings": "pos_embed", "embeddings.": "", "layernorm.": "norm.",
+    "encoder.layer.": "blocks.", "attention.attention.query.": "attn.qkv.",
+    "attention.output.dense.": "attn.proj.", "layer_scale": "ls", "lambda1": "gamma"}
 
 
 def with_official_names(tensors):
-    """A state dict, be it with the official names or with Hugging Face's -> with the official ones,
-    in which query, key and value are one tensor."""
-    tensors = {name.removeprefix("dinov2."): tensor for name, tensor in tensors.items()}
-    if "embeddings.cls_token" not in tensors:
-        return tensors
+    """A state dict with the official names or Hugging Face's -> with the official ones."""
     official = {}
     for name, tensor in tensors.items():
-        query = re.fullmatch(r"encoder\.layer\.(\d+)\.attention\.attention\.query\.(\w+)", name)
-        if query:
-            three = [tensors.get(name.replace("query", part)) for part in ("query", "key", "value")]
-            if not any(part is None for part in three):
-                official[f"blocks.{query[1]}.attn.qkv.{query[2]}"] = torch.cat(three)
-        elif ".attention.attention." not in name:
-            for theirs, ours in HUGGING_FACE:
-                name = re.sub(f"^{theirs}", ours, name)
+        if ".query." in name:    # officially one tensor with key and value
+            three = [name.replace("query", part) for part in ("query", "key", "value")]
+            tensor = torch.cat([tensors[part] for part in three if part in tensors])
+        if ".key." not in name and ".value." not in name:
+            for theirs, ours in HUGGING_FACE.items():
+                name = name.replace(theirs, ours)
             official[name] = tensor
     return official
 
 
-def levels_of(dinov2):
-    """The blocks whose tokens SASGL reads: 1/4, 2/4, 3/4, 4/4 of them."""
-    return [dinov2.n_blocks * k // 4 - 1 for k in (1, 2, 3, 4)]
+def load_dinov2(name, weights="", pretrained=True):
+    """The frozen DINOv2 of that name (a key of DINOV2), in eval mode.
 
-
-def check_dino_size(size):
-    """size: height and width that DINOv2 sees. Raises UserError."""
-    if any(side < PATCH or side % PATCH for side in size):
-        raise UserError(f"--dino-size {size}; expected multiples of 14, DINOv2's patch")
-
-
-def load_dinov2(name, weights=None, pretrained=True):
-    """The frozen DINOv2 of that name, in eval mode.
-
-    By default its tensors come from torch.hub, downloaded once and cached; `tiny` lies in assets/.
-    weights: from a local file, with the official names or Hugging Face's; pretrained=False: random,
-    to be filled by a checkpoint. Raises UserError where nothing can be had."""
+    Its tensors come from torch.hub, downloaded once and cached; those of `tiny` lie in assets/.
+    weights: read this local file instead, with the official names or Hugging Face's.
+    pretrained=False: random, for the caller to fill. Raises UserError."""
     if name not in DINOV2:
-        raise UserError(f"--dinov2 {name} is not known; expected one of {', '.join(DINOV2)}")
-    if name in (TINY, RANDOM) and weights:
-        raise UserError(f"--dinov2 {name} reads no weights; drop --dinov2-weights, or name the "
-                        "model the file belongs to, such as --dinov2 dinov2_vits14")
+        raise UserError(f"DINOv2 {name} is not known; expected one of {', '.join(DINOV2)}")
     dim, depth, heads, registers = DINOV2[name]
-    # What is drawn in here (torch.hub draws too) moves no other weights of a seed.
+    file = TINY_FILE if name == TINY and not weights else weights
+    # Nothing drawn in here, or by torch.hub, changes what the caller draws next.
     with torch.random.fork_rng(devices=[]):
-        # `tiny-random` is the same network in every run, as a pre-trained one would be. The CPU's
-        # generator alone: nobody would set the GPUs' back.
-        torch.default_generator.manual_seed(RANDOM_SEED)
+        # `tiny-random` is the same network in every run, as a trained one would be.
+        torch.default_generator.manual_seed(RANDOM_SEED)    # not the GPUs': they are not restored
         dinov2 = DinoVisionTransformer(dim=dim, depth=depth, heads=heads, registers=registers)
-        if pretrained and name != RANDOM:
-            file = TINY_FILE if name == TINY else weights
-            if file:
-                tensors = with_official_names(named_tensors(read_tensors(file), file))
-            else:
-                tensors = fetch_official(name)
-            load_strictly(dinov2, tensors, f"{file or 'torch.hub'} (as {name})")
+        if pretrained and (file or name != RANDOM):
+            tensors = with_official_names(read_tensors(file) if file else fetch_from_hub(name))
+            load_strictly(dinov2, tensors, f"{file or 'torch.hub'} (as DINOv2 {name})")
     return dinov2.requires_grad_(False).eval()
 
 
-def fetch_official(name):
-    """The official tensors of that name by torch.hub. Raises UserError."""
-    ways_out = ("give its official file by --dinov2-weights FILE, or take --dinov2 tiny (small, "
-                "for trying out)")
-
+def fetch_from_hub(name):
+    """The official tensors of that name. Raises UserError."""
     def fetch():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")    # three of them about xFormers, harmless
             hub = torch.hub.load(DINOV2_HUB, name, trust_repo=True, skip_validation=True)
         return hub.state_dict()
 
-    return download(f"DINOv2 ({name})", fetch, ways_out)
+    return download(f"DINOv2 ({name})", fetch, "give its official file by --dinov2-weights FILE "
+                    "(argument weights), or take --dinov2 tiny (small, for trying out)")

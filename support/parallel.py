@@ -1,4 +1,4 @@
-"""Several processes, as torchrun starts them: one on each GPU, with one batch between them.
+"""The device, and several processes as torchrun starts them: one on each GPU, one batch in all.
 
     device = join("")                  this process's device; the processes find each other
     gathered(x)                        the tracklets of all, for losses that compare tracklets
@@ -6,67 +6,75 @@
     with first_goes_first(): ...       one process of a machine downloads, the others find it there
 
 Each process computes the whole batch's losses from the embeddings of all, and the gradient of its
-own part. Where there is one process, every function here is the simplest case of itself.
+own part. With one process, every function here is the simplest case of itself.
 
-Quick question: why is a batch norm of several processes a matter at all? (Its statistics are the
-batch's. Of 8 tracklets they differ from those of 32, and so does what is learned.)
-
-Ours, not the papers': all of it.
+Quick question: why must batch norms of several processes be synchronised? (Their statistics are the
+batch's. Those of 8 tracklets differ from those of 32, and so does what is learned.)
 """
 import os
+import signal
 import time
 from contextlib import contextmanager
 from datetime import timedelta
 
 from support.files import UserError
-from support.options import is_torchrun_s, rank_of_process
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 STEP, SETTING_UP = timedelta(minutes=10), timedelta(hours=6)    # how long the others are waited for
-patient = None      # the group in which one waits for hours: a download, a cache, an evaluation
-parent = os.getppid()
+patient = None      # the group for waiting hours: a download, an evaluation
 
 
 def processes():
-    """-> this process's rank and their number; (0, 1) unless torchrun started several."""
+    """-> this process's rank and the number of processes; (0, 1) unless torchrun started several."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
-def torchrun_started_several():
-    return is_torchrun_s() and int(os.environ["WORLD_SIZE"]) > 1
+def say(text):
+    """Print, once for all processes."""
+    if processes()[0] == 0:
+        print(text, flush=True)
+
+
+def ignore_interrupts(worker):
+    """For loader processes: Ctrl-C reaches all, but the main process answers it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def join(name):
     """"" (CUDA if there is one), cuda, cuda:1, cpu -> torch.device; under torchrun each process's
     own, and the processes join. Raises UserError if it cannot be used."""
     global patient
-    several = torchrun_started_several()
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if several and name.startswith("cuda"):
-        here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-        if name != "cuda" or here > gpus:
-            raise UserError(f"--device {name} and {here} processes on {gpus} GPUs; expected "
-                            "--device cuda and a GPU for each: lower --nproc_per_node")
+    if several and name == "cuda":
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("not supported")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used ({str(error).splitlines()[0][:80]}); "
-                        "expected cuda, cuda:1, ... or cpu") from None
+                        "expected cuda, cuda:1, ... or cpu, and a GPU for each process") from None
     if several and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=STEP)
         patient = dist.new_group(backend="gloo", timeout=SETTING_UP)
     return device
+
+
+def precision_of(name, device):
+    """auto, bfloat16, float16, float32 -> torch.dtype."""
+    if name == "auto":
+        name = "float32"
+        if device.type == "cuda":    # T4 and V100 have no bfloat16 in hardware
+            has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
+            name = "bfloat16" if has_bfloat16 else "float16"
+    return getattr(torch, name)
 
 
 def leave():
@@ -76,12 +84,6 @@ def leave():
         # gloo's thread lets go of its last tensor a moment after its work is done, and aborts an
         # interpreter that ends meanwhile.
         time.sleep(0.2)
-
-
-def check_parent():
-    """Raises KeyboardInterrupt where torchrun itself was killed: nobody would ever stop us."""
-    if processes()[1] > 1 and os.getppid() != parent:
-        raise KeyboardInterrupt(f"process {rank_of_process()}: torchrun has gone; stopped")
 
 
 def wait_for_all():
@@ -94,7 +96,7 @@ def wait_for_all():
 def first_goes_first():
     """The first process of each machine does it, then the others: what is downloaded or made is
     there already."""
-    first = not torchrun_started_several() or os.environ["LOCAL_RANK"] == "0"
+    first = processes()[1] == 1 or os.environ["LOCAL_RANK"] == "0"
     if not first:
         wait_for_all()
     yield
@@ -102,29 +104,21 @@ def first_goes_first():
         wait_for_all()
 
 
-def from_first(value):
-    """The value that process 0 has, in all of them."""
-    values = [value]
-    if processes()[1] > 1:
+def from_first(make):
+    """make() of process 0, in all processes."""
+    rank, world = processes()
+    values = [make() if rank == 0 else None]
+    if world > 1:
         dist.broadcast_object_list(values)
     return values[0]
 
 
-def from_all(value):
-    """The values that the processes have, in all of them, in order of rank."""
-    world = processes()[1]
-    values = [value] * world
-    if world > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-def averaged(numbers):
-    """A tensor -> its mean over the processes."""
-    world = processes()[1]
-    if world > 1:
-        dist.all_reduce(numbers)
-    return numbers / world
+def averaged(sums, steps):
+    """{name: sum} -> {name: mean over steps and processes}."""
+    values = torch.stack([value.double() for value in sums.values()])
+    if processes()[1] > 1:
+        dist.all_reduce(values)
+    return dict(zip(sums, (values / steps / processes()[1]).tolist(), strict=True))
 
 
 # -------------------------------------------------- gradients of one batch ----
@@ -146,8 +140,7 @@ class Gathered(torch.autograd.Function):
 
 
 def gathered(x):
-    """x (B, ...) of this process -> (world * B, ...) of all of them, in order of rank; x itself
-    where there is one.
+    """x (B, ...) of this process -> (world * B, ...) of all of them, in order of rank.
 
     For losses that compare tracklets: every process computes the same loss of the whole batch, and
     sends the gradient of its own part back. DistributedDataParallel then takes the mean over
@@ -158,15 +151,17 @@ def gathered(x):
 def shared(model, device):
     """The model as each process calls it: gradients are averaged over processes.
 
-    On GPUs batch norms see the batch of all; torch has no synchronised batch norm for CPUs, where
-    each process normalises by its own share. What is called ...head or ...heads is left alone: it
-    is given the gathered batch already."""
+    On GPUs batch norms see the batch of all, but for those of model.whole_batch, which are given
+    it; torch has no synchronised batch norm for CPUs, where each process uses its own share."""
     if processes()[1] == 1:
         return model
     if device.type == "cuda":
-        for name, module in model.named_children():
-            if not name.endswith(("head", "heads")):
-                setattr(model, name, torch.nn.SyncBatchNorm.convert_sync_batchnorm(module))
+        whole = {id(module): module for name in model.whole_batch
+                 for module in model.get_submodule(name).modules()}
+        for module in list(model.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, torch.nn.modules.batchnorm._BatchNorm) and id(child) not in whole:
+                    setattr(module, name, torch.nn.SyncBatchNorm.convert_sync_batchnorm(child))
     # Unused parameters: by an ablation, say. No device_ids: modality stays on the CPU.
     return DistributedDataParallel(model, find_unused_parameters=True)
 
@@ -174,8 +169,9 @@ def shared(model, device):
 def average_gradients(module):
     """For what is trained outside `shared`: the warm-up of a part."""
     for parameter in module.parameters():
-        if parameter.grad is not None:
-            parameter.grad = averaged(parameter.grad)
+        if parameter.grad is not None and processes()[1] > 1:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= processes()[1]
 
 
 def take_buffers_of_first(model):
@@ -185,17 +181,15 @@ def take_buffers_of_first(model):
             dist.broadcast(buffer, 0)
 
 
-def collect_in_first(rows, device):
-    """rows (n, ...) of each process, n the same in all -> a list of them in process 0, None in the
-    others."""
+def collect(value):
+    """A value of each process, picklable, be they ready hours apart -> a list of them in process 0,
+    None in the others."""
     rank, world = processes()
+    values = [None] * world if rank == 0 else None
     if world == 1:
-        return [rows]
-    wait_for_all()    # embedding a benchmark takes a while, and not the same while for all
-    rows = rows.to(device)
-    everyone = [torch.empty_like(rows) for _ in range(world)] if rank == 0 else None
-    dist.gather(rows, everyone)
-    return everyone
+        return [value]
+    dist.gather_object(value, values, group=patient)
+    return values
 
 
 # ----------------------------------------------------------- random states ----
@@ -203,23 +197,16 @@ def collect_in_first(rows, device):
 def random_states(device):
     """{"cpu": (processes, bytes), "cuda": the same or None}: what goes on exactly needs them."""
     cpu = gathered(torch.get_rng_state()[None].to(device)).cpu()
-    if device.type != "cuda":
-        return {"cpu": cpu, "cuda": None}
-    return {"cpu": cpu, "cuda": gathered(torch.cuda.get_rng_state(device)[None].to(device)).cpu()}
+    cuda = None
+    if device.type == "cuda":
+        cuda = gathered(torch.cuda.get_rng_state(device)[None].to(device)).cpu()
+    return {"cpu": cpu, "cuda": cuda}
 
 
 def restore_random_states(states, device):
     """By another number of processes or on another device than saved: as far as it fits."""
     rank = processes()[0]
-
-    def of_this_process(kind):
-        rows = None if states[kind] is None else torch.atleast_2d(states[kind])
-        # Cloned: torch reads a view from its storage's beginning.
-        return rows[rank].clone() if rows is not None and rank < len(rows) else None
-
-    cpu = of_this_process("cpu")
-    if cpu is not None:
-        torch.set_rng_state(cpu)
-    cuda = of_this_process("cuda") if device.type == "cuda" else None
-    if cuda is not None:
-        torch.cuda.set_rng_state(cuda, device)
+    if rank < len(states["cpu"]):    # cloned: torch reads a view from its storage's beginning
+        torch.set_rng_state(states["cpu"][rank].clone())
+    if device.type == "cuda" and states["cuda"] is not None and rank < len(states["cuda"]):
+        torch.cuda.set_rng_state(states["cuda"][rank].clone(), device)

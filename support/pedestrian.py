@@ -1,16 +1,14 @@
-"""One pose of one walker, drawn back to front with pillow. Knows no colour and no modality.
+"""One pose of one walker, drawn with pillow from back to front. This file knows no colours.
 
     Walker, phase -> Pose: joints (forward, left, up) --+
                                                         +--> Figure: inks (H,W) --> looks (H,W)
     azimuth, tilt, size, foot -> View: pixels ----------+
 
-A body part has two inks, the second for its outline; an ink has two looks, the second where the
-garment's pattern is on. What a look looks like is for others to say: they paint it by day or night.
+A body part has two inks: one for its surface and one for its outline. An ink has two looks: without
+and with the garment's pattern. walkers.py paints each look, by day or by night.
 
-Quick question: why are people drawn from their joints, and not pasted as pictures? (A person must
-be the same from any angle and at any moment of the stride: this is what is to be recognised.)
-
-Ours, not the papers': all of it.
+Quick question: why draw people from their joints instead of pasting pictures of them? (A person
+must stay the same from every angle and at every moment of the stride.)
 """
 import math
 from dataclasses import dataclass
@@ -23,23 +21,23 @@ from PIL import Image, ImageDraw
 LEFT, RIGHT = 1, -1
 
 # ---------------------------------------------------------------- tables ----
-# Lengths are in body heights, and widths those of a body of girth 1.
+# Lengths are in body heights; widths are those of a body of girth 1.
 
 
 class Upper(NamedTuple):
-    """A garment from the neck down, and how loosely it sits."""
+    """A garment that starts at the neck."""
     covered: float      # share of the arm
     arm: tuple          # looseness at shoulder, elbow, hand
-    torso: float        # looseness of the torso
-    tail: float         # share of the legs that it hangs over
+    torso: float        # looseness around the torso
+    tail: float         # share of the legs that it covers
 
 
 class Lower(NamedTuple):
-    """A garment from the waist down."""
+    """A garment that starts at the waist."""
     covered: float      # share of each leg
     leg: tuple          # looseness at hip, knee, ankle
-    skirt: float        # share of the legs that it hangs over as one piece: trousers have a seat
-    flare: float        # how much wider a skirt gets on its way down
+    skirt: float        # share of the legs that one piece of cloth covers; of trousers: the seat
+    flare: float        # how much wider a skirt is at its hem
 
 
 UPPERS = {
@@ -61,7 +59,7 @@ BARE_LEG = 0.052, 0.037, 0.024    # radii at hip, knee, ankle
 SKULL = 0, -0.12, 1.05, 1.05
 FACE = -0.35, 0.22, 0.8, 0.78
 CROWN = 0, -0.65, 1.05, 0.5
-HAIRS = {    # hair behind the face; the face; hair or hat over it
+HAIRS = {    # hair behind the face; the face; hair or hat in front of it
     "short": ([SKULL], [FACE], []),
     "afro": ([(0, -0.15, 1.35, 1.25)], [FACE], []),
     "bun": ([SKULL, (0.9, -0.75, 0.55, 0.45)], [FACE], []),
@@ -69,19 +67,37 @@ HAIRS = {    # hair behind the face; the face; hair or hat over it
     "cap": ([SKULL], [FACE], [CROWN, (-0.7, -0.3, 1, 0.16)]),
     "hat": ([SKULL], [FACE], [CROWN, (0, -0.3, 1.7, 0.16)])}
 BAGS = "none", "backpack", "shoulder bag", "handbag", "trolley"
-PATTERNS = ("plain", "across", "down", "checks", "dots", "band", "halves", "diagonal", "zigzag")
 
-SPOKEN = {    # what a sentence calls otherwise than these tables
+
+def is_on_dot(u, v, duty, level):
+    u = u + v // 1 / 2    # every row is shifted by half a period
+    squares = (u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2
+    return squares < (0.2 + 0.3 * duty) ** 2
+
+
+# Where is a pattern on? u: right of the part's centre line, v: below the garment's top, level:
+# also below it, all in periods; duty: share of a period.
+PATTERNS = {
+    "plain": None,
+    "across": lambda u, v, duty, level: v % 1 < duty,
+    "down": lambda u, v, duty, level: (u + duty / 2) % 1 < duty,
+    "checks": lambda u, v, duty, level: ((u + duty / 2) % 1 < duty) ^ (v % 1 < duty),
+    "dots": is_on_dot,
+    "band": lambda u, v, duty, level: (level < v) & (v < level + 1),
+    "halves": lambda u, v, duty, level: v > level,
+    "diagonal": lambda u, v, duty, level: (u + v) % 1 < duty,
+    "zigzag": lambda u, v, duty, level: (v + abs((u + 0.5) % 1 - 0.5)) % 1 < duty}
+
+SPOKEN = {    # the names above that read differently in a sentence
     "across": "striped", "down": "lined", "checks": "checked", "dots": "dotted", "band": "banded",
     "halves": "halved", "long sleeves": "shirt", "short": "short hair", "long": "long hair",
     "afro": "afro hair", "bun": "a bun", "cap": "a cap", "hat": "a hat"}
 
-# What has a paint of its own.
+# Each role has its own paint.
 ROLES = UPPER, LOWER, SKIN, HAIR, SHOES, BAG = range(6)
-NOBODY = -1    # the background's
 
-PARTS = {    # name: role, shade
-    "background": (NOBODY, 0), "bag": (BAG, 1), "strap": (BAG, 0.8), "torso": (UPPER, 1),
+PARTS = {    # name: role (-1: none), shade
+    "background": (-1, 0), "bag": (BAG, 1), "strap": (BAG, 0.8), "torso": (UPPER, 1),
     "tail": (UPPER, 0.96), "skirt": (LOWER, 1), "head": (SKIN, 1), "hair": (HAIR, 1)}
 for depth, shade in ("near", 1.06), ("far", 0.83):
     PARTS |= {
@@ -90,7 +106,7 @@ for depth, shade in ("near", 1.06), ("far", 0.83):
         f"{depth} shoe": (SHOES, shade)}
 
 OUTLINE_SHADE = 0.78
-INK = {name: 2 * i for i, name in enumerate(PARTS)}    # a part's; its outline's is one more
+INK = {name: 2 * i for i, name in enumerate(PARTS)}    # of the surface; INK + 1: of the outline
 ROLE_OF_INK = np.repeat([role for role, _ in PARTS.values()], 2)
 SHADE_OF_INK = np.outer([shade for _, shade in PARTS.values()], [1, OUTLINE_SHADE]).reshape(-1)
 BACKGROUND = slice(0, 2)    # its inks
@@ -100,33 +116,33 @@ BACKGROUND = slice(0, 2)    # its inks
 
 @dataclass
 class Garment:
-    """How a garment is patterned."""
+    """The pattern of a garment."""
     pattern: str     # one of PATTERNS
     period: float    # of the pattern
     duty: float      # share of the period in which it is on
-    level: float     # of a band or of the lower half, below the garment's top
+    level: float     # top of a band or of the lower half, measured from the garment's top
 
 
 @dataclass
 class Walker:
-    """All that a person is in both modalities. Lengths in body heights, angles in radians."""
+    """All that is the same in both modalities. Lengths are in body heights, angles in radians."""
     # The body
-    stature: float     # 1 is the average person's
+    stature: float     # 1: average
     leg: float
     head: float
-    shoulder: float    # half a width, as hip
-    hip: float
-    girth: float       # 1 is the average person's
-    depth: float       # of the torso: half of it
+    shoulder: float    # half the width
+    hip: float         # half the width
+    girth: float       # 1: average
+    depth: float       # half the depth of the torso
     arm: float
     # The gait
     pace: float        # change of phase from frame to frame
     step: float        # swing of the thighs
-    swing: float       # of the arms
+    swing: float       # swing of the arms
     knee: float        # how far it bends
     elbow: float
     lean: float        # forward
-    uneven: float      # limp: what the left leg does more than the right one, as a share
+    uneven: float      # limp: how much more the left leg moves than the right one, as a share
     bounce: float
     sway: float
     # The clothes
@@ -136,13 +152,13 @@ class Walker:
     lower: Garment
     bag: str           # one of BAGS
     bag_side: int      # LEFT or RIGHT
-    bag_size: float    # 1 is the average bag's
+    bag_size: float    # 1: average
     hair: str          # one of HAIRS
 
 
 def describe(walker):
-    """-> a sentence about what shows in both modalities, of words that support/clip.py knows: "a
-    photo of a tall slim person in a striped coat and plain shorts with long hair and a bag ."."""
+    """-> a sentence about what both modalities show, in words that support/clip.py knows: "a photo
+    of a tall slim person in a striped coat and plain shorts with long hair and a backpack ."."""
     words = ["a photo of a"]
     if abs(walker.stature - 1) > 0.02:
         words.append("tall" if walker.stature > 1 else "short")
@@ -162,9 +178,14 @@ class Joint(NamedTuple):
     left: float
     up: float
 
+    def bone(self, length, angle, left):
+        """-> the other end of a bone that hangs from here, `angle` forward of straight down."""
+        forward, down = length * math.sin(angle), length * math.cos(angle)
+        return Joint(self.forward + forward, left, self.up - down)
+
 
 class Pose:
-    """A walker at a phase (radians) of the stride.
+    """A walker at one phase (radians) of the stride.
 
     legs {side: [hip, knee, ankle, toe]} and arms {side: [shoulder, elbow, hand]} are Joints; side
     is LEFT or RIGHT. hip, neck: their heights."""
@@ -175,38 +196,38 @@ class Pose:
         # The legs are half a stride apart.
         phases = {RIGHT: phase, LEFT: phase + math.pi}
         legs = {side: self._leg(side, phases[side]) for side in phases}
-        # The lower foot stands.
+        # The lower foot stands on the ground.
         lowest = min(ankle.up for _, _, ankle, _ in legs.values())
         self.hip = 0.03 - lowest + walker.bounce * math.cos(2 * phase)
         self.legs = {side: [Joint(j.forward, j.left, max(0.012, self.hip + j.up)) for j in leg]
                      for side, leg in legs.items()}
-        # The torso is what legs and head leave.
+        # The torso takes the height that the legs and the head leave.
         self.neck = self.hip + 1 - walker.leg - walker.head - 0.025
         self.arms = {side: self._arm(side, phases[side]) for side in phases}
 
     def trunk(self, up, left=0.0, forward=0.0):
-        """-> the Joint of a point of the leaning torso, given as if it stood upright."""
+        """A point of the upright torso -> its Joint when the torso leans."""
         lean = math.tan(self.walker.lean) * (up - self.hip)
         return Joint(lean + forward, left + self.sway, up)
 
     def _leg(self, side, phase):
-        """-> Joints, with heights from the hips."""
+        """-> Joints, with heights relative to the hips."""
         walker = self.walker
         step = walker.step * (0.65 if walker.bottom == "long skirt" else 1)
         half = (walker.leg - 0.03) / 2
         thigh = step * (1 + side * walker.uneven / 2) * math.sin(phase) + 0.08
-        # The knee bends as the leg comes forward.
+        # The knee bends while the leg swings forward.
         shin = thigh - 0.06 - walker.knee * max(0, math.cos(phase + 0.5)) ** 1.5
         left = side * walker.hip * 0.55 + self.sway
         hip = Joint(0, left, 0)
-        knee = Joint(half * math.sin(thigh), left, -half * math.cos(thigh))
-        ankle = Joint(knee.forward + half * math.sin(shin), left, knee.up - half * math.cos(shin))
+        knee = hip.bone(half, thigh, left)
+        ankle = knee.bone(half, shin, left)
         toe = Joint(ankle.forward + 0.085 * math.cos(shin), left * 1.3,
                     ankle.up + 0.085 * min(0, math.sin(shin)))
         return [hip, knee, ankle, toe]
 
     def _arm(self, side, phase):
-        """It swings against its leg, but little with something in the hand."""
+        """An arm swings against its leg. An arm that carries something swings less."""
         walker = self.walker
         angle = -walker.swing * (1 - side * walker.uneven) * math.sin(phase)
         bend = walker.elbow * (0.4 + 0.6 * max(0, -math.sin(phase)))
@@ -215,21 +236,18 @@ class Pose:
             bend = 0.05
         half = walker.arm / 2
         shoulder = self.trunk(self.neck - 0.03, side * walker.shoulder * 0.92)
-        elbow = Joint(shoulder.forward + half * math.sin(angle),
-                      shoulder.left + side * 0.024 * walker.girth,
-                      shoulder.up - half * math.cos(angle))
-        hand = Joint(elbow.forward + half * math.sin(angle + bend), elbow.left,
-                     elbow.up - half * math.cos(angle + bend))
-        return [shoulder, elbow, hand]
+        elbow = shoulder.bone(half, angle, shoulder.left + side * 0.024 * walker.girth)
+        return [shoulder, elbow, elbow.bone(half, angle + bend, elbow.left)]
 
 
 # --------------------------------------------------------------- drawing ----
-# Points of the picture are complex numbers, x + iy in pixels, y down: they add, and i turns them.
+# Points of the picture are complex numbers x + iy, in pixels, with y pointing down. They can be
+# added, and a product with i rotates them by a right angle.
 
 @dataclass
 class View:
-    """From where a walker is seen, and how large."""
-    azimuth: float    # radians from frontal, positive: walks to the right
+    """The direction from which a walker is seen, and the scale."""
+    azimuth: float    # radians from frontal; positive: walks to the right
     tilt: float       # pixels down per pixel nearer
     size: float       # pixels of a body height
     foot: tuple       # (x, y): pixels of the ground under the hips
@@ -242,30 +260,26 @@ class View:
         return complex(x + self.size * aside, y - self.size * (joint.up - self.tilt * nearer))
 
     def half_width(self, half, deep):
-        """-> pixels, of an upright ellipse that is so wide and deep."""
+        """Half width and half depth of an upright elliptic column -> half its width in pixels."""
         return self.size * math.hypot(half * math.cos(self.azimuth), deep * math.sin(self.azimuth))
 
 
 class Figure:
-    """A walker on a canvas of inks, of which the last one at a place is seen."""
+    """A walker drawn on a canvas of inks. Each part covers the parts drawn before it."""
 
     def __init__(self, walker, phase, view, shape):
         self.walker, self.view, self.size = walker, view, view.size
+        self.bag_scale = self.size * walker.bag_size
         self.pose = Pose(walker, phase)
-        self.legs = self._projected(self.pose.legs)
-        self.arms = self._projected(self.pose.arms)
+        self.legs = {side: list(map(view.project, leg)) for side, leg in self.pose.legs.items()}
+        self.arms = {side: list(map(view.project, arm)) for side, arm in self.pose.arms.items()}
         self.canvas = Image.new("L", shape[::-1])
         self.pen = ImageDraw.Draw(self.canvas)
         self.centre_lines = {}    # part -> points
 
-    def _projected(self, limbs):
-        return {side: [self.view.project(j) for j in joints] for side, joints in limbs.items()}
-
     def at(self, up, left=0.0, forward=0.0):
         """-> the pixel of a point of the torso."""
         return self.view.project(self.pose.trunk(up, left, forward))
-
-    # Shapes
 
     def ellipse(self, ink, centre, rx, ry):
         x, y = centre.real, centre.imag
@@ -285,23 +299,20 @@ class Figure:
                 self.pen.polygon([(z.real, z.imag) for z in corners], fill=ink)
 
     def panel(self, part, left, right):
-        """The polygon between two edges, both from the top down, with a thin outline."""
+        """The polygon between two edges, each from top to bottom, with a thin outline."""
         self.centre_lines[part] = [(p + q) / 2 for p, q in zip(left, right, strict=True)]
         around = [*left, *right[::-1], left[0]]
         corners = [(z.real, z.imag) for z in around]
         self.pen.polygon(corners, fill=INK[part])
         self.pen.line(corners, fill=INK[part] + 1, width=1)
 
-    # Parts
-
     def draw(self):
-        """All of it, back to front."""
+        """Draw all parts, from back to front."""
         near = LEFT if math.sin(self.view.azimuth) < 0 else RIGHT
-        far = -near
         lower, upper = LOWERS[self.walker.bottom], UPPERS[self.walker.top]
         self.draw_bag_behind()
-        self.draw_arm(far, "far")
-        self.draw_leg(far, "far")
+        self.draw_arm(-near, "far")
+        self.draw_leg(-near, "far")
         self.draw_leg(near, "near")
         self.draw_drape("skirt", lower.skirt, lower.flare)
         self.draw_drape("tail", upper.tail, 0.08, upper.torso)
@@ -311,7 +322,7 @@ class Figure:
         self.draw_arm(near, "near")
 
     def dressed(self, skin, cloth, joints, bare, covered, loose):
-        """An arm or a leg, and the garment over a share of it."""
+        """An arm or a leg, and the garment that covers a share of it."""
         girth = self.walker.girth
         self.limb(skin, joints, [self.size * girth * radius for radius in bare])
         where = 0, min(1, 2 * covered), 2 * covered    # 0 at the first joint, 2 at the last
@@ -342,12 +353,8 @@ class Figure:
             half = self.bag_scale * 0.035
             self.limb("bag", [bag - half, bag + half], [self.bag_scale * 0.05] * 2)
 
-    @property
-    def bag_scale(self):
-        return self.size * self.walker.bag_size
-
     def bag_panel(self, origin, top, bottom):
-        """top, bottom: the corners at the right; those at the left are their mirror images."""
+        """top, bottom: the right corners, relative to origin; the left ones mirror them."""
         right = [origin + self.bag_scale * z for z in (top, bottom)]
         left = [origin - self.bag_scale * z.conjugate() for z in (top, bottom)]
         self.panel("bag", left, right)
@@ -367,7 +374,7 @@ class Figure:
 
     def draw_straps(self):
         walker, hip, neck = self.walker, self.pose.hip, self.pose.neck
-        ends = []    # at the neck, on the left of its middle; at the body; its height there
+        ends = []    # left of the middle at the neck, left of it at the body, height at the body
         if walker.bag == "shoulder bag":
             ends = [(-0.5 * walker.bag_side * walker.shoulder, walker.bag_side * walker.hip, hip)]
         if walker.bag == "backpack":
@@ -378,13 +385,11 @@ class Figure:
             self.limb("strap", strap, [self.size * 0.009] * 2)
 
     def draw_drape(self, part, share, flare, loose=0.0):
-        """Cloth from the waist down a share of the legs, as wide there as the legs have spread: the
-        seat of trousers, a skirt, the tail of a coat."""
+        """Cloth from the waist down over a share of the legs, at its hem as wide as the legs have
+        spread: the seat of trousers, a skirt, the tail of a coat."""
         walker, hip = self.walker, self.pose.hip
-        spread = []
-        for joints in self.legs.values():
-            hip_knee_ankle = [z.real for z in joints[:3]]
-            spread.append(np.interp(share, [0, 0.5, 1], hip_knee_ankle))
+        hips_to_ankles = [[joint.real for joint in leg[:3]] for leg in self.legs.values()]
+        spread = [np.interp(share, [0, 0.5, 1], columns) for columns in hips_to_ankles]
         waist = self.at(hip + 0.04)
         half = self.view.half_width(walker.hip * walker.girth ** 0.5 + loose,
                                     walker.depth * walker.girth + loose)
@@ -424,36 +429,9 @@ class Figure:
                 self.ellipse(INK[part], centre, rx * half, ry * tall)
 
 
-# -------------------------------------------------------------- patterns ----
-
-def is_on(garment, u, v):
-    """Where the garment's pattern is on: u right of the part's centre line, v below the garment's
-    top, both in periods -> boolean, of their shape. Not for "plain"."""
-    duty, level = garment.duty, garment.level / garment.period
-    match garment.pattern:
-        case "across":
-            return v % 1 < duty
-        case "down":
-            return (u + duty / 2) % 1 < duty
-        case "checks":
-            return ((u + duty / 2) % 1 < duty) ^ (v % 1 < duty)
-        case "dots":
-            every_other_row_shifted = u + v // 1 / 2
-            squares = (every_other_row_shifted % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2
-            return squares < (0.2 + 0.3 * duty) ** 2
-        case "band":
-            return (level < v) & (v < level + 1)
-        case "halves":
-            return v > level
-        case "diagonal":
-            return (u + v) % 1 < duty
-    # What is left is the zigzag.
-    return (v + abs((u + 0.5) % 1 - 0.5)) % 1 < duty
-
-
 def draw_patterns(figure, inks):
-    """inks (H, W) of a figure -> (H, W) uint8, 1 where a garment's pattern is on. In the garment's
-    own coordinates, so that a pattern moves with the torso and with each limb."""
+    """The inks (H, W) of a figure -> (H, W) uint8, 1 where a garment's pattern is on. A pattern has
+    the coordinates of its garment, so it moves with the torso and with each limb."""
     H, W = inks.shape
     # The column of an ink's centre line in each row
     centre = np.zeros((len(ROLE_OF_INK), H), np.float32)
@@ -472,13 +450,14 @@ def draw_patterns(figure, inks):
         y, x = np.divmod(pixels, W)
         u = (x - centre[inks[pixels], y]) / garment.period / figure.size
         v = (y - top.imag) / garment.period / figure.size
-        pattern[pixels] = is_on(garment, u, v)
+        level = garment.level / garment.period
+        pattern[pixels] = PATTERNS[garment.pattern](u, v, garment.duty, level)
     return pattern.reshape(H, W)
 
 
 def draw_walker(walker, phase, view, shape):
-    """One pose of a walker. phase: radians of the stride; shape: (H, W) of the picture -> its
-    looks, (H, W) uint8: twice the ink, and one more where the garment's pattern is on."""
+    """One pose of a walker -> its looks (H, W) uint8: twice the ink, plus 1 where the garment's
+    pattern is on. phase: radians of the stride; shape: (H, W)."""
     figure = Figure(walker, phase, view, shape)
     figure.draw()
     inks = np.asarray(figure.canvas)

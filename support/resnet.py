@@ -1,17 +1,19 @@
-"""ResNet-50, tensor for tensor torchvision's (He et al., CVPR 2016), in the two pieces that DinoGRL
-uses.
+"""ResNet-50 (He et al., CVPR 2016) in the two pieces that DinoGRL uses, with torchvision's tensors.
 
     (N,3,256,128) -> Stem: conv1, bn1, maxpool -> (N,64,64,32) -> Stages: layer1..4 -> (N,2048,16,8)
 
-DinoGRL gives each modality a stem of its own, and one set of stages to both; the gait net has
-stages of its own. The last stride is 1: re-identification wants the finer map.
+Each modality has its own stem, and both share one set of stages; the gait net has its own stages.
+The last stride is 1: re-identification needs the finer map. The order of the layers in each class
+is fixed: it decides which initial weights a seed gives.
 
 Quick question: why does the stem have no ReLU, though ResNet-50's has one? (The release leaves it
-out, and its weights were trained so. With one, its checkpoints would give other embeddings.)
+out, and its weights were trained like that. A ReLU would change its embeddings.)
 
-Ours, not the paper's: `width` and `blocks`, for thinner and shallower networks that a CPU trains.
+Ours, not the paper's: `width` and `blocks`, for smaller networks that a CPU trains.
 """
-from support.weights import download, load_strictly, named_tensors, read_tensors
+from functools import partial
+
+from support.weights import download, load_strictly, read_tensors
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +24,10 @@ RESNET50_URL = "https://download.pytorch.org/models/resnet50-0676ba61.pth"
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut: (N, width, H, W) -> the same shape."""
-    recomputable = True    # --checkpoint-activations
+    """Two 3x3 convolutions with a shortcut: (N, width, H, W) -> the same shape."""
 
     def __init__(self, width):
         super().__init__()
-        # In this order checkpoints hold the optimizer's state.
         self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.bn1, self.bn2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
@@ -39,9 +39,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions beside a shortcut: (N, in_channels, H, W) -> (N, 4 * width, h,
-    w)."""
-    recomputable = True    # --checkpoint-activations
+    """1x1, 3x3, 1x1 convolutions with a shortcut: (N, in_channels, H, W) -> (N, 4*width, h, w)."""
 
     def __init__(self, in_channels, width, stride):
         super().__init__()
@@ -77,9 +75,10 @@ class Stem(nn.Module):
 
 
 class Stages(nn.Module):
-    """layer1..layer4: (N, width, H, W) -> (N, out_channels, h, w). blocks, strides: of each layer;
-    (3, 4, 6, 3) and (1, 2, 2, 1) with width 64 are ResNet-50 with last stride 1, 2048 channels. A
-    layer of no blocks passes on what it gets."""
+    """layer1..layer4: (N, width, H, W) -> (N, out_channels, h, w).
+
+    blocks, strides: one number for each layer; (3, 4, 6, 3) and (1, 2, 2, 1) with width 64 are
+    ResNet-50 with last stride 1 and 2048 channels."""
 
     def __init__(self, *, width, blocks, strides):
         super().__init__()
@@ -100,21 +99,18 @@ class Stages(nn.Module):
 
 
 def load_resnet50(source, stems, stages):
-    """torchvision's resnet50 tensors into each of the stems and each of the stages.
+    """Load torchvision's resnet50 into each of the stems and each of the stages.
 
-    source: "imagenet" (downloaded once and cached, hash checked) or a file. The classifier fc.* is
-    not used. Raises UserError."""
+    source: "imagenet" (downloaded once and cached) or a file. Raises UserError."""
     if source == "imagenet":
-        ways_out = ("give torchvision's file by --resnet-weights FILE, or take --resnet-weights "
-                    "random (much worse)")
-        tensors = download("ResNet-50 (ImageNet)", lambda: torch.hub.load_state_dict_from_url(
-            RESNET50_URL, map_location="cpu", check_hash=True, weights_only=True), ways_out)
+        fetch = partial(torch.hub.load_state_dict_from_url, RESNET50_URL, map_location="cpu",
+                        check_hash=True, weights_only=True)
+        tensors = download("ResNet-50 (ImageNet)", fetch, "give torchvision's file by "
+                           "--resnet-weights FILE, or take --resnet-weights random (much worse)")
     else:
-        tensors = named_tensors(read_tensors(source), source)
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("fc.")}
-    of_stages = {name: tensor for name, tensor in tensors.items() if name.startswith("layer")}
-    of_stem = {name: tensor for name, tensor in tensors.items() if name not in of_stages}
-    for stem in stems:
-        load_strictly(stem, of_stem, f"{source} (as ResNet-50)")
-    for stage in stages:
-        load_strictly(stage, of_stages, f"{source} (as ResNet-50)")
+        tensors = read_tensors(source)
+    pieces = [(stem, ("conv1.", "bn1.")) for stem in stems]
+    pieces += [(stage, "layer") for stage in stages]
+    for module, prefixes in pieces:
+        own = {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
+        load_strictly(module, own, f"{source} (as ResNet-50)")

@@ -1,19 +1,19 @@
-"""Weights: tensors read without running anything, loaded strictly, downloaded once.
+"""Weights: tensors read without running anything, loaded strictly, downloaded once; checkpoints.
 
     read_tensors(path)                    a torch file -> its contents
-    load_strictly(module, tensors, what)  every tensor there, none besides, each as it should be
+    load_strictly(module, tensors, what)  every tensor is there, none besides, each of its shape
     download(what, fetch, ways_out)       the official source, or an error with the ways out
-    read_checkpoint, rebuild              last.pt -> its dict -> the model
+    read_checkpoint(run), rebuild(...)    last.pt -> its dict -> the model
 
 Quick question: why strictly, when torch can leave out what does not fit? (What is left out stays
-random. The network runs, the loss falls, and the figures are a little worse: nobody notices.)
-
-Ours, not the papers': all of it.
+random. The network runs, the loss falls, the results are a little worse: nobody notices.)
 """
-import math
+import hashlib
 import os
+from dataclasses import asdict
 
-from support.files import UserError, in_short
+from support.files import UserError, in_short, read_log, write_atomic, write_log
+from support.parallel import processes, random_states, restore_random_states
 
 import torch
 
@@ -22,69 +22,27 @@ def read_tensors(path):
     """The contents of a torch file, opened with weights_only=True: nothing in it can run. Raises
     UserError."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no file {path}; expected a torch file of tensors; check the "
                         "path") from None
-    except Exception as error:    # a torn zip, a foreign pickle: torch raises a dozen types
+    except Exception as error:    # a torn zip, another pickle: torch raises a dozen types
         raise UserError(f"{path} cannot be read as a torch file of tensors "
                         f"({type(error).__name__}); it may be torn or of another kind: download or "
                         "save it again") from error
-
-
-def named_tensors(tensors, what):
-    """Its argument, if it is a dict of named tensors (a state dict). Raises UserError."""
-    is_named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
-    if is_named and all(torch.is_tensor(tensor) for tensor in tensors.values()):
-        return tensors
-    raise UserError(f"{what} holds no dict of named tensors; expected a state dict: is it the "
-                    "right file?")
-
-
-def is_plain(tensor):
-    """Are its numbers there, each at a place of its own? A file may hold sparse tensors, tensors
-    without contents, and one number that claims to be a million."""
-    if tensor.is_nested or tensor.layout != torch.strided:
-        return False
-    if tensor.is_meta or tensor.is_quantized:
-        return False
-    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
-
-
-def misfit(tensor, wanted):
-    """Why `tensor` cannot take the place of `wanted` (which may be on the meta device), or None."""
-    if not is_plain(tensor):
-        return "is no plain tensor (sparse, expanded or without contents)"
-    if tensor.shape != wanted.shape:
-        return f"is {tuple(tensor.shape)}, expected {tuple(wanted.shape)}"
-    both_real = tensor.is_floating_point() and wanted.is_floating_point()
-    if tensor.dtype != wanted.dtype and not both_real:
-        return f"is {tensor.dtype}, expected {wanted.dtype}"
-    return None
-
-
-def misfits(tensors, wanted):
-    """What keeps `tensors` from being `wanted`, both {name: tensor}, a line each. A wanted None may
-    be any tensor."""
-    missing = [f"{name} is missing" for name in wanted if name not in tensors]
-    surplus = [f"{name} is surplus" for name in tensors if name not in wanted]
-    there = [name for name in wanted if name in tensors and wanted[name] is not None]
-    reasons = {name: misfit(tensors[name], wanted[name]) for name in there}
-    return missing + surplus + [f"{name} {reason}" for name, reason in reasons.items() if reason]
-
-
-def check_fit(module, tensors, what):
-    """Raises UserError that names missing, surplus and unfitting tensors, nine at most."""
-    wrong = misfits(named_tensors(tensors, what), module.state_dict())
-    if wrong:
-        more = f"; and {len(wrong) - 9} more: is it the right file?" if len(wrong) > 9 else ""
-        raise UserError(f"{what} does not fit: {'; '.join(wrong[:9])}{more}")
+    if not isinstance(tensors, dict):
+        raise UserError(f"{path} holds a {type(tensors).__name__}; expected a dict of tensors: is "
+                        "it the right file?")
+    return tensors
 
 
 def load_strictly(module, tensors, what):
-    """Loads a state dict of which every tensor fits. Raises UserError, see check_fit."""
-    check_fit(module, tensors, what)
-    module.load_state_dict(tensors)
+    """Load a state dict that must fit exactly. Raises UserError."""
+    try:
+        module.load_state_dict(tensors)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise UserError(f"{what} does not fit: {in_short(error, 400)}; is it the right "
+                        "file?") from None
 
 
 def download(what, fetch, ways_out):
@@ -100,82 +58,93 @@ def download(what, fetch, ways_out):
 
 # ----------------------------------------------------------- checkpoints ----
 
+def without_frozen(model):
+    """The tensors of a checkpoint: all but those of the frozen networks, which come from where
+    they came from before."""
+    prefixes = tuple(f"{name}." for name in model.frozen)
+    return {name: tensor for name, tensor in model.state_dict().items()
+            if not name.startswith(prefixes)}
+
+
+def digests(model):
+    """{name of a frozen network: 64 hex digits of its tensors}, the same for the same tensors."""
+    found = {}
+    for name in model.frozen:
+        digest = hashlib.sha256()
+        for tensor in model.get_submodule(name).state_dict().values():
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        found[name] = digest.hexdigest()
+    return found
+
+
 def read_checkpoint(path):
-    """A run's folder, or its last.pt -> the checkpoint's dict, whose keys are of the kinds that
-    they should be. Raises UserError for anything that is none."""
+    """The folder of a run, or its last.pt -> the dict that train.py saved. Raises UserError."""
     if os.path.isdir(path):
         path = os.path.join(path, "last.pt")
     checkpoint = read_tensors(path)
-    kinds = {"model": dict, "config": dict, "classes": list, "method": str, "epoch": int}
-    if not isinstance(checkpoint, dict) or not kinds.keys() <= checkpoint.keys():
-        raise UserError(f"{path} is no checkpoint of train.py; expected a dict with "
-                        f"{', '.join(sorted(kinds))}; the authors' files go by --official DIR")
-    checkpoint.setdefault("dataset", "")    # older ones do not say what they were trained on
-    for key, kind in {**kinds, "dataset": str}.items():
-        if not isinstance(checkpoint[key], kind):
-            found = in_short(repr(checkpoint[key]), 60)
-            raise UserError(f"{path}: {key} is {found}; expected {kind.__name__}, as train.py "
-                            "writes it")
-    classes, epoch = checkpoint["classes"], checkpoint["epoch"]
-    if not all(isinstance(name, str) for name in checkpoint["config"]) or not 0 <= epoch <= 10 ** 6:
-        raise UserError(f"{path} has an unusable config or epoch; expected last.pt as train.py "
-                        "wrote it")
-    if {type(pid) for pid in classes} not in ({int}, {str}):
-        raise UserError(f"{path}: classes are no list of identities; expected last.pt as train.py "
-                        "wrote it")
-    named_tensors(checkpoint["model"], f"{path}, model")
+    keys = {"model", "frozen", "config", "options", "classes", "method", "epoch", "dataset"}
+    if not keys <= checkpoint.keys():
+        raise UserError(f"{path} is not a checkpoint of this version of train.py; expected a dict "
+                        f"with {', '.join(sorted(keys))}: train again, or check out the version "
+                        "that wrote it; the authors' files go by --official DIR")
     return checkpoint
 
 
-def rebuild(method, config, checkpoint, path):
-    """A method's class, its configuration, a checkpoint -> the model. Raises UserError.
-
-    First without any memory, on the meta device: a file whose configuration asks for more than its
-    tensors hold is refused before anything is built."""
-    what, classes = f"{path} (with its configuration)", len(checkpoint["classes"])
-    try:
-        with torch.device("meta"):
-            outline = method(config, classes, pretrained=False)
-        check_fit(outline, checkpoint["model"], what)
-        model = method(config, classes, pretrained=False)
-    except UserError:
-        raise
-    except Exception as error:    # whatever a network may say of such numbers
-        raise UserError(f"{path} has no usable config ({type(error).__name__}: {in_short(error)}); "
-                        "expected a checkpoint of this version of train.py") from None
-    model.load_state_dict(checkpoint["model"])
+def rebuild(method, options, size, checkpoint, path):
+    """The model of a checkpoint. method: its class; options: its Options. Raises UserError."""
+    model = method(options, len(checkpoint["classes"]), size, pretrained=False)
+    for name, found in digests(model).items():
+        if found != checkpoint["frozen"].get(name):
+            raise UserError(f"{path} was trained with another {name}; expected the same frozen "
+                            "network: give the file it was trained with")
+    frozen = {name: tensor for name, tensor in model.state_dict().items()
+              if name not in without_frozen(model)}
+    load_strictly(model, {**frozen, **checkpoint["model"]}, path)
     return model
 
 
-MOMENTS = {"step", "exp_avg", "exp_avg_sq"}    # what Adam and AdamW keep of a parameter
-CHOSEN = {"lr", "weight_decay", "fused"}    # by the configuration and the device
+def method_of(checkpoint, given):
+    """The name of the method to load. Your own code is run only where --method names it, never
+    because a checkpoint does. Raises UserError."""
+    if checkpoint is None:
+        return given
+    stored = checkpoint["method"]
+    if given and given.rpartition(":")[2] != stored.rpartition(":")[2]:    # its file may have moved
+        raise UserError(f"--method {given}, but it is a run of {stored}; drop it, or name that one")
+    if ":" in stored and not given:
+        raise UserError(f"a run of the method {stored}, which is your own code; expected --method "
+                        "FILE.py:CLASS")
+    return given or stored
 
 
-def check_optimizer_state(optimizer, state):
-    """Raises ValueError unless `state` could be this optimizer's: torch itself does not look."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, values in state["state"].items():
-        if index not in range(len(parameters)) or values.keys() != MOMENTS:
-            raise ValueError(f"the state of parameter {index!r} is none of Adam's")
-        for name, value in values.items():
-            expected = torch.zeros(()) if name == "step" else parameters[index]
-            if not torch.is_tensor(value) or misfit(value, expected):
-                raise ValueError(f"{name} of parameter {index} is no tensor of its shape")
-        if not 1 <= values["step"] < math.inf:
-            raise ValueError(f"parameter {index} is at step {values['step']}")
-    groups = optimizer.state_dict()["param_groups"]
-    for group, own in zip(state["param_groups"], groups, strict=True):
-        for name in ("lr", "weight_decay"):
-            if type(group[name]) not in (int, float) or not math.isfinite(group[name]):
-                raise ValueError(f"{name} is {in_short(repr(group[name]), 40)}")
-        other = [name for name in own.keys() & group.keys() if group[name] != own[name]]
-        if not CHOSEN.issuperset(other) or "params" not in group:
-            raise ValueError(f"{', '.join(sorted(other)) or 'params'} is not this run's")
+def save(run, log, model, optimizer, scaler, device, dataset, config, options):
+    """Write log.jsonl, then last.pt: all that an exact resume needs, after len(log) whole epochs.
+    All processes come here; process 0 writes."""
+    checkpoint = {
+        "model": without_frozen(model), "frozen": digests(model),
+        "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "epoch": len(log),
+        "random": random_states(device), "config": asdict(config), "options": asdict(options),
+        "method": config.method, "classes": dataset.classes, "dataset": dataset.name}
+    if processes()[0] == 0:
+        # The log first: a surplus line is dropped on resuming, a missing one would be lost.
+        write_log(run, log)
+        write_atomic(os.path.join(run, "last.pt"), lambda file: torch.save(checkpoint, file))
 
 
-def check_scale(state):
-    """Raises ValueError unless `state` could be that of float16's loss scaling."""
-    if not all(type(number) in (int, float) for number in state.values()):
-        raise ValueError("the scale of float16 is no number")
-    if not all(0 <= number < math.inf for number in state.values()) or state["scale"] == 0:
-        raise ValueError(f"the scale of float16 is {state['scale']}")
+def restore(checkpoint, run, config, dataset, optimizer, scaler, device):
+    """Optimizer, scaler and random states as they were -> the log so far. Raises UserError."""
+    if checkpoint["classes"] != dataset.classes:
+        raise UserError(f"{run} was trained on other identities than the {len(dataset.classes)} of "
+                        f"{config.data}; expected what it was trained on: check --data")
+    state = checkpoint["optimizer"]
+    for group in state["param_groups"]:    # by this command line and this device
+        group |= {"weight_decay": config.weight_decay, "fused": device.type == "cuda"}
+    try:
+        optimizer.load_state_dict(state)
+    except ValueError as error:
+        raise UserError(f"{run} cannot be resumed ({in_short(error)}); expected the optimizer and "
+                        "the parameters that it was trained with") from None
+    if scaler.is_enabled() and checkpoint["scaler"]:
+        scaler.load_state_dict(checkpoint["scaler"])
+    restore_random_states(checkpoint["random"], device)
+    return read_log(run, checkpoint["epoch"])

@@ -1,0 +1,57 @@
+"""What train.py and evaluate.py ask of a method: the whole contract, with its defaults.
+
+A method is a subclass. It must have `Options`, `embed` and `forward`; it overrides what else it
+wants. docs/method.md shows a loss, a part, a stream, a sampler and an augmentation of your own.
+"""
+from torch import nn
+
+
+class Method(nn.Module):
+    """A method is made by CLASS(options, classes, size, pretrained).
+
+    options: an instance of its Options; classes: number of training identities; size: height and
+    width of the frames; pretrained: False where a checkpoint will fill the trained tensors."""
+    Options = None      # a dataclass: each field is an option of the command line
+    recipe = {}         # {option of train.Config: the default that this method wants}
+    small = {}          # {option of either: what `--preset small` sets}
+    sampler = None      # None: data.IdentitySampler
+    augment = None      # None: data.augment; as a class attribute: staticmethod(my_augment)
+    frozen = ()         # names of submodules that are not trained: checkpoints leave them out
+    whole_batch = ()    # names of submodules that are given the gathered batch of all processes
+    recomputed = ()     # classes of modules that obey --checkpoint-activations
+    sasgl = None        # the SASGL whose silhouettes are drawn and measured
+    warm_up_steps = 0   # so many steps train warm_up_module alone, before the rest may use it
+    warm_up_module = ""    # its name
+    warm_up_lr = 1e-2   # the rate falls from here to 0
+
+    def embed(self, frames, modality):
+        """Normalised frames (B, T, 3, H, W), modality (B,), 0 visible, 1 infrared -> embeddings
+        (B, parts, dim), or {stream: (B, parts, dim)} of different sizes."""
+        raise NotImplementedError
+
+    def forward(self, frames, modality, label):
+        """A training step -> named losses, already weighted (their sum is the loss), and other
+        named numbers to show."""
+        raise NotImplementedError
+
+    def warm_up_losses(self, frames):
+        """Frames (B, T, 3, H, W) -> named losses of warm_up_module."""
+        raise NotImplementedError
+
+    def parameter_groups(self):
+        """-> groups for the optimizer, each with its factor on the learning rate."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad], "factor": 1}]
+
+    def streams_of(self, embeddings):
+        """What embed gives for N tracklets -> {stream: (N, parts, dim)}, each ranked alone too."""
+        return embeddings if isinstance(embeddings, dict) else {}
+
+    def strips_of(self, values):
+        """One value for each part, (parts,) -> {stream: those of its narrowest strips, from top to
+        bottom}, drawn as bars in ranked lists."""
+        return {}
+
+    def reading(self, frames):
+        """Frames (B, T, 3, H, W) -> where each frame's token looks (B, T, h, w) or None, and the
+        shares of the training identities' sentences that it reads (B, classes) or None; None for a
+        method that reads nothing."""
