@@ -340,6 +340,7 @@ def show():
 
 
 if __name__ == "__main__":
-    import data    # a reader's Dataset is then this file's
+    import data
 
+    # Not main_of(load_dataset, ...): a reader's Dataset must be the one of the module `data`.
     cli(lambda: main_of(data.load_dataset, FRAME_RULES, show))

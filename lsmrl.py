@@ -1,8 +1,7 @@
 """LSMRL (Yang et al., 2026): language-driven sequence-level modal-invariant representations.
 
 "A person in a long coat" is the same sentence by day and by night. So LSMRL learns one sentence per
-identity, shared by both modalities, and CLIP's language pulls visible and infrared video towards
-it:
+identity, shared by both modalities, and CLIP's language pulls visible and infrared video to it:
 
     frames (B,T,3,288,144) -> stfl: CLIP ViT-B/16, read as 8 basic, 2 grouped, 2 shifted blocks
        -> tokens (B,T,768), one a frame
@@ -14,29 +13,25 @@ it:
     test:  embed()   -> side_by_side(z, f) as one part (B,1,1280), each L2-normalised
     train: forward() -> named losses of z, f and c
 
-The paper's abstract (arXiv 2601.12062) names the modules and what each is for; its formulas and
-numbers are not public. So each choice is marked: [paper] the abstract says so, [after X] it follows
-a public predecessor, [ours] otherwise. The predecessors: CLIP-ReID (Li et al., AAAI 2023), VLD
-(video-level language-driven VVI-ReID, 2025), X-ReID (AAAI 2026), TPS (temporal patch shift, ECCV
-2022).
+The paper's abstract (arXiv 2601.12062) names the modules and what each is for; formulas and numbers
+are not public. So each choice is marked: [paper] the abstract says so, [after X] it follows a
+public predecessor, [ours] otherwise.
 
 - [paper] CLIP as backbone with minimal changes; STFL's three encoders; modality-shared prompts; SD
   before CMI; identity-level losses and two modality-level ones, for discrimination and for
   generalisation to unseen categories.
-- [after VLD] ViT-B/16 at 288x144, positions resized bilinearly; classifiers, soft-margin weighted
-  triplets; z and f side by side at test; video-to-text cross-entropy times 0.08 on plain dot
-  products; the optimizer and its schedule. [after CLIP-ReID] four words per identity.
-- [after TPS] the patch shift and its table. [after X-ReID] CMI in training only, over both
-  modalities' tokens in one row, and the consistency loss.
+- [after VLD] (2025) ViT-B/16 at 288x144, positions resized bilinearly; classifiers, soft-margin
+  weighted triplets; z and f side by side at test; video-to-text cross-entropy times 0.08 on plain
+  dot products; optimizer and schedule. [after CLIP-ReID] (AAAI 2023) four words per identity.
+- [after TPS] (ECCV 2022) the patch shift and its table. [after X-ReID] (AAAI 2026) CMI in training
+  only, over both modalities' tokens in one row, and the consistency loss.
 
 Quick question: why does SD read a bank of all training identities' sentences, and not the person's
-own? (At test the person is unknown, so there is no such sentence. The bank is a vocabulary: a
-stranger is described in the words of others.)
+own? (At test the person is unknown. The bank is a vocabulary: a stranger is described in the words
+of others.)
 
-Ours, not the paper's: all that is marked [ours] below: the 8/2/2 split; the form of the grouped
-attention; SD's bank and its zero-initialised output; that CMI pairs tracklets, and its losses; both
-modality losses' formulas and weights; ImageNet's mean and deviation; the small preset, the ablation
-switches; what pictures show.
+Ours, not the paper's: all that is marked [ours] below; ImageNet's mean and deviation; the small
+preset, the ablation switches, what pictures show.
 """
 import math
 from dataclasses import dataclass
@@ -54,8 +49,7 @@ from torch import nn
 
 # ------------------------------------------------------------------ STFL ----
 
-# Patch (r, c) is rolled by SHIFT[r % 3][c % 3] frames, modulo T: from T = 9 on, every 3x3
-# neighbourhood sees nine moments. [after TPS]
+# Patch (r, c) is rolled by SHIFT[r % 3][c % 3] frames, modulo T. [after TPS]
 SHIFT = torch.tensor([[-4, 1, 2], [-1, 0, 3], [-2, -3, 4]])
 
 
@@ -136,8 +130,8 @@ SLOTS = slice(5, 9)    # the four X of "<start> A photo of a X X X X person. <en
 
 
 class Prompts(nn.Module):
-    """One sentence per training identity, of which four words are learned: -> word vectors
-    (C, 12, width). [after CLIP-ReID]"""
+    """A sentence per training identity, with four learned words: -> word vectors (C, 12, width).
+    [after CLIP-ReID]"""
 
     def __init__(self, *, classes, width, sentence):
         super().__init__()
@@ -145,7 +139,6 @@ class Prompts(nn.Module):
         self.register_buffer("sentence", sentence, persistent=False)    # (12,), see prompt_of
 
     def forward(self, token_embedding):
-        """token_embedding: CLIP's."""
         sentence = token_embedding(self.sentence).expand(len(self.words), -1, -1)
         before, after = sentence[:, :SLOTS.start], sentence[:, SLOTS.stop:]
         return torch.cat([before, self.words, after], dim=1)
@@ -166,8 +159,7 @@ class SD(nn.Module):
         nn.init.zeros_(self.attn.out_proj.bias)
 
     def row_and_text(self, tokens, bank):
-        """-> what asks (1, B*T, D) and what is asked (1, C, D). The bank is the same for every
-        token: all tokens in one row."""
+        """-> what asks (1, B*T, D), all tokens in one row, and what is asked (1, C, D)."""
         text = self.text(self.ln_text(bank))[None]
         return self.ln(tokens).flatten(0, 1)[None], text
 
@@ -181,11 +173,10 @@ class SD(nn.Module):
 
 
 class CMI(nn.Module):
-    """Cross-modal interaction: tokens of both modalities (B, T, D) -> c (B, D). A tracklet's frames
-    and those of its partner, a tracklet of the same identity in the other modality, stand in one
-    row and attend to one another; c is the mean of the tracklet's own. Either of the two is once
-    the tracklet and once the partner: both directions, with the same weights. [paper: bidirectional
-    cross-modal self-attention; one row of both, mean over the frames: after X-ReID]"""
+    """Cross-modal interaction: tokens of both modalities (B, T, D) -> c (B, D). A tracklet's tokens
+    and its partner's (same identity, other modality) attend to one another in one row; c is the
+    mean of the tracklet's own. [paper: bidirectional cross-modal self-attention; one row of both,
+    mean over the frames: after X-ReID]"""
 
     def __init__(self, *, dim, heads):
         super().__init__()
@@ -198,9 +189,8 @@ class CMI(nn.Module):
 
 
 def partners(modality, label):
-    """modality (B,), label (B,) -> (B,): for each tracklet the index of one of its identity in the
-    other modality, the k-th visible of an identity with its k-th infrared one. Every identity must
-    come as often in either modality."""
+    """modality (B,), label (B,) -> (B,): each tracklet's partner, the k-th visible of an identity
+    with its k-th infrared one. Every identity must come as often in either modality."""
     visible = (modality == 0).nonzero()[:, 0]
     infrared = (modality == 1).nonzero()[:, 0]
     visible = visible[label[visible].argsort(stable=True)]
@@ -222,8 +212,8 @@ def side_by_side(z, f):
 
 def weighted_triplet_loss(x, label):
     """x (B, D), label (B,) -> scalar: log(1 + exp(p - n)), p the softmax-weighted distance of the
-    anchor's positives (itself included; the far ones weigh more), n that of its negatives (the near
-    ones weigh more). [after VLD]"""
+    positives (the anchor included; far ones weigh more), n of the negatives (near ones weigh more).
+    [after VLD]"""
     x = x.float()
     distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
     same = label[:, None] == label
@@ -242,8 +232,7 @@ def text_loss(f, text, label):
 
 def contrast_loss(x, label, modality, temperature=0.1):
     """Modality level, for discrimination: x (B, D) of length 1 -> scalar, the supervised
-    contrastive loss whose candidates are the other modality's tracklets alone: minus the mean log
-    share of the same identity among them. [ours]"""
+    contrastive loss; candidates are the other modality's tracklets alone. [ours]"""
     other = modality[:, None] != modality
     logits = (x @ x.t() / temperature).masked_fill(~other, -torch.inf)
     positive = (label[:, None] == label) & other
@@ -265,8 +254,8 @@ def centre_loss(x, label, modality):
 
 
 def consistency_loss(z, c):
-    """z (B, D), c (B, D) -> scalar: their squared distance, each of length 1. z is drawn to c, not
-    c to z: c exists in training only and must leave its knowledge behind. [after X-ReID]"""
+    """z (B, D), c (B, D) -> scalar: their squared distance, each of length 1. z is pulled to c, not
+    c to z: c exists in training only. [after X-ReID]"""
     apart = F.normalize(z, dim=1) - F.normalize(c.detach(), dim=1)
     return apart.square().sum(1).mean()
 
@@ -276,22 +265,17 @@ def consistency_loss(z, c):
 @dataclass
 class Options:
     """LSMRL's own choices; LSMRL.recipe has its defaults of train.Config's."""
-    boost: float = option(
-        25.0, "factor on the rate of classifiers, prompts and biases; lower it with --clip "
-        "tiny-random, whose own weights are new as well")
+    boost: float = option(25.0, "factor on the rate of classifiers, prompts and biases")
     clip: str = option("ViT-B-16", "ViT-B-16; tiny: offline, for walkers; tiny-random: not trained")
     clip_weights: str = option("", "local copy of OpenAI's ViT-B-16.pt, instead of the download")
-    split: tuple = option(
-        (8, 2, 2), "blocks read as basic, grouped, patch-shift encoders; 12 0 0 is plain CLIP")
+    split: tuple = option((8, 2, 2), "basic, grouped, patch-shift encoders; 12 0 0 is plain CLIP")
     groups: int = option(6, "stripes of the grouped encoder; must divide the rows of patches")
     sd: bool = option(True, "off removes semantic diffusion")
     cmi: bool = option(True, "off removes cross-modal interaction")
-    text: float = option(
-        0.08, "weight of the video-to-text loss; 0: no gradient reaches the prompts but through SD")
-    contrast: float = option(1.0, "weight of the modality loss for discrimination; 0 removes it")
-    centre: float = option(0.5, "weight of the modality loss for generalisation; 0 removes it")
-    consistency: float = option(
-        1.0, "weight of the pull of z towards CMI's c; 0 leaves CMI its own identity losses")
+    text: float = option(0.08, "weight of the video-to-text loss")
+    contrast: float = option(1.0, "weight of the modality loss for discrimination")
+    centre: float = option(0.5, "weight of the modality loss for generalisation")
+    consistency: float = option(1.0, "weight of the pull of z towards CMI's c")
 
 
 def classifier(dim, classes):
@@ -317,16 +301,14 @@ class LSMRL(Method):
         super().__init__()
         self.options = o = options
         self.clip = load_clip(o.clip, o.clip_weights, pretrained)
-        sizes = CLIP_MODELS[o.clip]
-        patch = sizes["patch"]
+        patch, depth = CLIP_MODELS[o.clip]["patch"], CLIP_MODELS[o.clip]["depth"]
         rows, columns = size[0] // patch, size[1] // patch
-        if size[0] % patch or size[1] % patch:
-            raise UserError(f"size {size}; expected multiples of {patch}, the patch of {o.clip}")
-        if len(o.split) != 3 or sum(o.split) != sizes["depth"]:
-            raise UserError(f"split {o.split}; expected three numbers that add up to the "
-                            f"{sizes['depth']} blocks of {o.clip}")
-        if o.split[1] and rows % o.groups:
-            raise UserError(f"groups {o.groups}; expected a divisor of the {rows} rows of patches")
+        if size[0] % patch or size[1] % patch or (o.split[1] and rows % o.groups):
+            raise UserError(f"size {size}, {o.groups} groups; expected multiples of {patch}, the "
+                            f"patch of {o.clip}, and groups that divide {rows} rows of patches")
+        if len(o.split) != 3 or sum(o.split) != depth:
+            raise UserError(f"split {o.split}; expected three numbers that add up to the {depth} "
+                            f"blocks of {o.clip}")
         visual = self.clip.visual
         visual.resize(rows, columns)
 
@@ -351,10 +333,15 @@ class LSMRL(Method):
         words = self.prompts(self.clip.token_embedding)
         return self.clip.encode_text(words, end=words.shape[1] - 1)
 
+    def tokens(self, frames):
+        """frames (B, T, 3, H, W) -> tokens (B, T, D)."""
+        split, groups = self.options.split, self.options.groups
+        return stfl(self.clip.visual, frames, split=split, groups=groups)
+
     def features(self, frames, bank):
         """frames (B, T, 3, H, W), bank (C, d) -> tokens (B, T, D), sequence features z (B, D) and
         f (B, d), float32."""
-        tokens = stfl(self.clip.visual, frames, split=self.options.split, groups=self.options.groups)
+        tokens = self.tokens(frames)
         if self.sd is not None:
             tokens = self.sd(tokens, bank)
         with torch.autocast(frames.device.type, enabled=False):
@@ -373,23 +360,23 @@ class LSMRL(Method):
         return side_by_side(z, f)[:, None]
 
     def reading(self, frames):
-        """For pictures: how much each frame's token looks at each patch in the last block (None if
-        that is a grouped one, whose tokens look into all frames), and how much each tracklet reads
-        of each sentence (None without SD). See Method.reading. [ours]"""
-        visual, inputs = self.clip.visual, []
-        attention = visual.transformer.resblocks[-1].attn
+        """For pictures, see Method.reading: where the last block's tokens look (None if it is a
+        grouped one, whose tokens look into all frames), whose sentences they read. [ours]"""
+        grid, inputs = self.clip.visual.grid, []
+        attention = self.clip.visual.transformer.resblocks[-1].attn
         hook = attention.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
-        tokens = stfl(visual, frames, split=self.options.split, groups=self.options.groups)
+        tokens = self.tokens(frames)
         hook.remove()
         reads = None if self.sd is None else self.sd.reads(tokens, self.bank).mean(1)
         _, grouped, shifted = self.options.split
         if grouped and not shifted:
             return None, reads
         [x] = inputs    # (B*T, 1+N, D)
-        look = attention.weights(x[:, :1], x)[:, 0, 1:].unflatten(0, frames.shape[:2])    # (B, T, N)
+        look = attention.weights(x[:, :1], x)[:, 0, 1:]    # (B*T, N)
+        look = look.unflatten(0, frames.shape[:2])
         if shifted:    # rolled back: each share to the frame that its patch comes from
-            look = roll_patches(look[..., None], visual.grid, sign=-1)[..., 0]
-        return look.unflatten(2, visual.grid), reads
+            look = roll_patches(look[..., None], grid, sign=-1)[..., 0]
+        return look.unflatten(2, grid), reads
 
     def streams_of(self, embeddings):
         """Embeddings (N, 1, D + d) -> {"z": (N, 1, D), "f": (N, 1, d)}."""
@@ -421,8 +408,7 @@ class LSMRL(Method):
         return losses, shown
 
     def identity_losses(self, streams, label):
-        """-> the cross-entropy of each stream's classifier, and its accuracy, which is shown. The
-        arguments: see losses_of."""
+        """-> the cross-entropy of each stream's classifier, and its accuracy."""
         losses, shown = {}, {}
         for name, x in streams.items():
             logits = self.heads[name](x)
@@ -431,11 +417,9 @@ class LSMRL(Method):
         return losses, shown
 
     def losses_of(self, streams, text, label, modality):
-        """-> all other losses by name, weighted.
-
-        streams: {"z": (B, D), "f": (B, d), "cmi": (B, D)}, the last one being c, where CMI is on;
-        text (C, d), None where nothing reads it; label (B,); modality (B,), 0 visible, 1 infrared.
-        Float32, and the tracklets of all processes."""
+        """-> all other losses by name, weighted. streams: {"z": (B, D), "f": (B, d), "cmi": c
+        (B, D)}; text (C, d), or None if nothing reads it; label (B,); modality (B,), 0 visible, 1
+        infrared. Float32, and the tracklets of all processes."""
         o = self.options
         z, f = streams["z"], streams["f"]
         losses = {f"triplet_{name}": weighted_triplet_loss(x, label) for name, x in streams.items()}
@@ -455,34 +439,27 @@ class LSMRL(Method):
         classifiers, prompts and biases."""
         slow, fast = [], []
         for name, parameter in self.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            # As in VLD. SD's and CMI's layers, though new, learn at CLIP's rate.
+            # As in VLD. SD's and CMI's weights, though new, learn at CLIP's rate.
             is_classifier = name.startswith("heads.") and parameter.ndim == 2
-            is_boosted = is_classifier or name == "prompts.words"
-            if is_boosted or name.endswith("bias"):
-                fast.append(parameter)
-            else:
-                slow.append(parameter)
+            is_fast = is_classifier or name == "prompts.words" or name.endswith("bias")
+            if parameter.requires_grad:
+                (fast if is_fast else slow).append(parameter)
         return [{"params": slow, "factor": 1}, {"params": fast, "factor": self.options.boost}]
 
 
 def main():
-    """The small preset on a few walkers: its losses, and whose sentence each one is nearest to."""
+    """The small preset on a few walkers: its losses, and who is nearest to whom."""
     from support.options import fill
-    from walkers import sample    # the demo alone draws
+    from walkers import sample
 
     torch.manual_seed(1)
     model = LSMRL(fill(Options, LSMRL.small), classes=4, size=(128, 64))
     frames, modality, label = sample(people=4, T=2)
-    losses, _ = model(normalise(frames), modality, label)
-    for name, loss in losses.items():
+    for name, loss in model(normalise(frames), modality, label)[0].items():
         print(f"{name:20} {loss.item():8.4f}")
-    model.eval()
-    embedding = model.embed(normalise(frames), modality)[:, 0]
-    by_day, by_night = embedding[:4], embedding[4:]
+    embedding = model.eval().embed(normalise(frames), modality)[:, 0]
     print("embedding", tuple(embedding.shape))
-    print("nearest by day to each by night:", torch.cdist(by_night, by_day).argmin(1).tolist())
+    print("nearest by day to each by night:", torch.cdist(embedding[4:], embedding[:4]).argmin(1))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ Ours, not the paper's: thinner and shallower ResNets and fewer strips for the of
 ablations (`gait`, `pbmge` off) as switches.
 """
 import math
+import os
 from dataclasses import dataclass
 
 from pbmge import PBMGE
@@ -29,7 +30,7 @@ from support.dinov2 import load_dinov2
 from support.files import UserError
 from support.footage import normalise
 from support.method import Method
-from support.official import load_mask_branch
+from support.official import load_mask_branch, load_official
 from support.options import option
 from support.parallel import gathered
 from support.resnet import BasicBlock, Bottleneck, Stages, Stem, load_resnet50
@@ -241,6 +242,20 @@ class DinoGRL(Method):
         """The frozen network that SASGL sees through. Override it for another one."""
         return load_dinov2(self.options.dinov2, self.options.dinov2_weights)
 
+    @classmethod
+    def released(cls, folder):
+        """The authors' three files in a folder -> the model, its config as a dict. Raises
+        UserError."""
+        class Empty(cls):
+            def prior(self):    # best_shape.pth holds DINOv2 too
+                return load_dinov2(self.options.dinov2, pretrained=False)
+
+        torch.backends.cudnn.allow_tf32 = False    # their embeddings to float32's last digits
+        config = {"size": (256, 128), "frames": 6, "test_frames": 0, "frame_rule": "", "data": "",
+                  "reader": "", "workers": min(8, os.cpu_count() or 1), "test_batch": 32}
+        return load_official(folder, lambda classes: Empty(
+            Options(), classes, config["size"], pretrained=False)), config
+
     def parts_by_stream(self, frames, modality):
         """Frames (B, T, 3, H, W) normalised, modality (B,) 0 visible, 1 infrared -> {stream: parts
         (B, P, D)}, the streams' own losses."""
@@ -305,7 +320,7 @@ class DinoGRL(Method):
 def main():
     """The small preset's network: its parts, its losses, and what each piece costs."""
     from support.options import fill
-    from walkers import sample    # the demo alone draws
+    from walkers import sample
 
     torch.manual_seed(1)
     model = DinoGRL(fill(Options, DinoGRL.small), classes=4, size=(128, 64))

@@ -37,7 +37,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-
 # ------------------------------------------------------ the paper's formulas ----
 
 def enhance_as_written(query, source, theta, phi, g, W1, W2):
@@ -196,8 +195,8 @@ def main():
     gait, appearance = torch.randn(2, 8, 31, 64)
     pbmge = PBMGE(dim=64, strips=(1, 2, 4, 8, 16))
     refined, _ = pbmge(gait, appearance)
-    print(f"parts {tuple(gait.shape)} -> {tuple(refined.shape)}")
-    print(f"at first part 31 differs from part 0 by {(refined[:, 31] - gait[:, 0]).abs().max():.1g}")
+    apart = (refined[:, 31] - gait[:, 0]).abs().max()
+    print(f"parts {tuple(gait.shape)} -> {tuple(refined.shape)}; at first g_31 - g_0 = {apart:.1g}")
     e = pbmge.enhance_gait
     nn.init.ones_(e.W1[1].weight)
     query, source = gait[:, 0], appearance[:, 1]

@@ -317,7 +317,7 @@ def kept_codes(B):
 def main():
     """Train the mask bottleneck alone on a few walkers, and print two silhouettes it then finds."""
     from support.dinov2 import load_dinov2
-    from walkers import sample    # the demo alone draws
+    from walkers import sample
 
     frames = normalise(sample(people=8, T=4)[0]).flatten(0, 1)    # (64, 3, 128, 64)
     torch.manual_seed(1)

@@ -1,18 +1,17 @@
-"""Training: one loop, read from top to bottom. `python train.py` alone draws walkers (synthetic
-pedestrians) and learns them.
+"""Training: one loop, read from top to bottom.
 
-    python train.py                          the small preset on walkers: minutes on a CPU, offline
+    python train.py                          the small preset on walkers (synthetic pedestrians)
     python train.py --data PATH              the paper's recipe on a dataset (docs/data.md)
     python train.py --method lsmrl           the second method; FILE.py:CLASS: your own
     python train.py --resume runs/NAME       goes on after the last whole epoch
     torchrun --nproc_per_node=N -- train.py ...    the same run on N GPUs (or processes of a CPU)
 
-A run lives in one folder: config.json, log.jsonl (a line an epoch), last.pt, results.json and
-pictures. The result is the last epoch's: the best epoch would be chosen on the test set.
+A run's folder: config.json, log.jsonl (a line an epoch), last.pt, results.json, pictures. The
+result is the last epoch's: the best epoch would be chosen on the test set.
 
-Why a resumed run ends with the same bits as one that was left alone (on a CPU): tracklets are a
-function of seed and epoch (IdentitySampler), their frames of a seed in the key, the augmentation of
-seed, epoch, step and process. Dropout and blanking draw from torch's random state, which is in the
+Why a resumed run ends with the same bits as one that was left alone (on a CPU): tracklets depend
+on seed and epoch (IdentitySampler), their frames on a seed in the key, the augmentation on seed,
+epoch, step and process. Dropout and blanking draw from torch's random state, which is in the
 checkpoint; the loader has a generator of its own, or it would draw from that state.
 
 Quick question: where is the validation set? (Neither benchmark has one: nothing is chosen here.)
@@ -32,19 +31,17 @@ import walkers
 from data import Frames, IdentitySampler, augment, load_dataset
 from evaluate import report
 from support import parallel, weights
-from support.files import UserError, new_run, write_json
-from support.options import Parser, add_options, cli, early, fill, load_method, option, progress
-from support.options import typed
+from support.files import UserError, check_free, new_run, write_json
+from support.options import Parser, cli, configure, early, load_method, option, progress
 
 import numpy as np
 import torch
-from torch.utils.checkpoint import checkpoint as recomputed
 
 
 @dataclass
 class Config:
-    """What every run chooses; a method's own choices are its Options. The defaults are `--preset
-    paper`; a method may have others for some of them (its recipe)."""
+    """What every run chooses (a method's own choices are its Options). The defaults are `--preset
+    paper`; a method may have others (its recipe)."""
     method: str = option("dinogrl", "dinogrl, lsmrl, or your own FILE.py:CLASS", "run")
     seed: int = option(1, "report the spread of at least 3", "run")
     precision: str = option("auto", "auto: float32 on a CPU, bfloat16 or float16 on a GPU", "run",
@@ -63,8 +60,7 @@ class Config:
     test_frames: int = option(0, "per tracklet in the test; 0: as in training", "data")
     frame_rule: str = option("", "chunks, linspace, consecutive; none: the protocol's", "data")
     erase: float = option(0.5, "probability of random erasing; lower it for short runs", "data")
-    workers: int = option(min(8, os.cpu_count() or 1), "loader processes; 0: best for tiny images "
-                          "on a CPU", "data")
+    workers: int = option(min(8, os.cpu_count() or 1), "loader processes; 0: none", "data")
     test_batch: int = option(32, "tracklets at a time in evaluation", "data")
     epochs: int = option(80, "0 evaluates the untrained model", "schedule")
     steps: int = option(200, "per epoch", "schedule")
@@ -92,15 +88,13 @@ def learning_rate_factor(config, epoch):
 
 # -------------------------------------------------------------- the loop ----
 
-def train(config, dataset, loader, augmented, model, optimizer, scaler, device, log, save, test):
-    """Epochs len(log) + 1 to config.epochs. augmented: uint8 frames, modality, generator ->
+def train(config, dataset, loader, augmented, model, autocast, optimizer, scaler, log, save, test):
+    """Epochs len(log) + 1 to config.epochs. augmented(uint8 frames, modality, generator) ->
     normalised frames; log: a dict for each epoch so far; save(), test(): after an epoch."""
-    rank, _ = parallel.processes()
-    dtype = parallel.precision_of(config.precision, device)
-    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+    device, rank = model.device, parallel.processes()[0]
     label_of = {pid: label for label, pid in enumerate(dataset.classes)}
     label_of_tracklet = torch.tensor([label_of[t.pid] for t in dataset.train])
-    data_parallel = parallel.shared(model, device)    # the model itself if there is one process
+    data_parallel = parallel.shared(model)    # the model itself if there is one process
 
     for epoch in range(len(log), config.epochs):
         model.train()
@@ -131,7 +125,7 @@ def train(config, dataset, loader, augmented, model, optimizer, scaler, device, 
                 sums[name] = sums.get(name, 0) + torch.as_tensor(value).detach()
             if device.type == "cpu" or step % 10 == 9 or step + 1 == config.steps:
                 means = parallel.averaged(sums, step + 1)
-                bar.set_postfix({name: f"{mean:.2g}" for name, mean in means.items()})
+                bar.set_postfix_str(brief(means))
                 if not all(map(math.isfinite, means.values())):
                     raise UserError(f"a loss is not finite in epoch {epoch + 1}, step {step + 1}: "
                                     f"{means}; last.pt is older and good: resume it with a lower "
@@ -145,43 +139,44 @@ def train(config, dataset, loader, augmented, model, optimizer, scaler, device, 
         log.append({"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"],
                     "losses": {name: means[name] for name in losses},
                     "shown": {name: means[name] for name in shown}, "seconds": round(seconds, 1)})
-        words = " ".join(f"{name} {mean:.2g}" for name, mean in means.items())
-        parallel.say(f"epoch {epoch + 1}/{config.epochs}, {seconds:.0f} s: {words}")
+        parallel.say(f"epoch {epoch + 1}/{config.epochs}, {seconds:.0f} s: {brief(means)}")
         save()
         if is_due(config, epoch + 1):
             test()
 
 
-def is_due(config, epoch):
-    """Is there an evaluation after that many epochs?"""
+def brief(means):
+    return " ".join(f"{name} {mean:.2g}" for name, mean in means.items())
+
+
+def is_due(config, epoch):    # for an evaluation
     every = config.evaluate_every
-    return epoch == config.epochs or bool(every and epoch and epoch % every == 0)
+    return epoch == config.epochs or (every > 0 and epoch > 0 and epoch % every == 0)
 
 
-def warm_up(model, loader, augmented, config, device):
+def warm_up(model, loader, augmented, config):
     """Train model.warm_up_module alone, so that the rest never uses it untrained. [ours]"""
-    if not model.warm_up_steps:
+    steps, rank = model.warm_up_steps, parallel.processes()[0]
+    first = 10 ** 6    # an epoch that never comes: batches and augmentation of its own
+    if not steps:
         return
     model.train()
     module = model.get_submodule(model.warm_up_module)
-    optimizer = torch.optim.Adam(module.parameters(), lr=model.warm_up_lr)
-    first, rank = 10 ** 6, parallel.processes()[0]    # batches and augmentation of an epoch that never comes
-    bar = progress(range(model.warm_up_steps), "warm-up", disable=rank > 0 or None)
-    for step in bar:
-        if step % len(loader) == 0:
+    optimizer = torch.optim.Adam(module.parameters())
+    for step in progress(range(steps), "warm-up", disable=rank > 0 or None):
+        if step % config.steps == 0:
             loader.batch_sampler.epoch = first + step
             batches = iter(loader)
         frames, modality, _ = next(batches)
         rng = np.random.default_rng([config.seed, first, step, rank])
-        losses = model.warm_up_losses(augmented(frames.to(device), modality, rng))
-        optimizer.param_groups[0]["lr"] = model.warm_up_lr * (1 - step / model.warm_up_steps)
+        losses = model.warm_up_losses(augmented(frames.to(model.device), modality, rng))
+        optimizer.param_groups[0]["lr"] = model.warm_up_lr * (1 - step / steps)
         optimizer.zero_grad()
         sum(losses.values()).backward()
         parallel.average_gradients(module)
         optimizer.step()
     optimizer.zero_grad()    # nothing of it in the first real step
-    words = " ".join(f"{name} {loss.item():.2g}" for name, loss in losses.items())
-    parallel.say(f"warm-up, {model.warm_up_steps} steps: {words}")
+    parallel.say(f"warm-up, {steps} steps: {brief(losses)}")
 
 
 # -------------------------------------------------- what a run is made of ----
@@ -214,8 +209,7 @@ def loader_of(config, method, dataset, device):
 
 def read_command_line(words=None):
     """words: None for those of this process -> a namespace: config, options (the method's), method
-    (its class), run (--run), resume (the folder to go on in), checkpoint (its own). Raises
-    UserError."""
+    (its class), run (--run), resume (a folder), checkpoint (its own). Raises UserError."""
     first = early(words, "method", "resume")
     checkpoint = weights.read_checkpoint(first["resume"]) if first["resume"] else None
     method = load_method(weights.method_of(checkpoint, first["method"]) or Config.method)
@@ -224,66 +218,62 @@ def read_command_line(words=None):
     runs.add_argument("--preset", choices=("paper", "small"), help="default: small for walkers")
     runs.add_argument("--run", metavar="DIR", help="the run's folder; default: a new one in runs/")
     runs.add_argument("--resume", metavar="RUN", help="a run's folder, to go on with its options")
-    add_options(parser, Config, method.recipe, method.small)
-    add_options(parser, method.Options, {}, method.small)
-    given = typed(parser, words)
-    is_small = "data" not in given or os.path.isfile(os.path.join(given["data"], "walkers.json"))
-    preset = given.get("preset", "small" if is_small else "paper")
-    values = {**method.recipe, **(method.small if preset == "small" else {})}
-    if checkpoint:
-        values = {**checkpoint["config"], **checkpoint["options"]}
-    values |= given
-    return SimpleNamespace(
-        config=fill(Config, values), options=fill(method.Options, values), method=method,
-        run=given.get("run"), resume=given.get("resume"), checkpoint=checkpoint)
+    config, options, given = configure(parser, words, Config, method, checkpoint)
+    check_free(given.get("run"))    # now, and not after all is loaded
+    return SimpleNamespace(config=config, options=options, method=method, run=given.get("run"),
+                           resume=given.get("resume"), checkpoint=checkpoint)
 
 
 def main():
     asked = read_command_line()
-    config, options, checkpoint = asked.config, asked.options, asked.checkpoint
+    config, method, checkpoint = asked.config, asked.method, asked.checkpoint
     device = parallel.join(config.device)
     dataset = training_data(config)
-    loader = loader_of(config, asked.method, dataset, device)
+    loader = loader_of(config, method, dataset, device)
     torch.manual_seed(config.seed)
     with parallel.first_goes_first():    # pre-trained weights are downloaded once a machine
-        model = (weights.rebuild(asked.method, options, config.size, checkpoint, asked.resume) if checkpoint
-                 else asked.method(options, len(dataset.classes), config.size)).to(device)
+        if checkpoint:
+            model = weights.rebuild(method, asked.options, config.size, checkpoint, asked.resume)
+        else:
+            model = method(asked.options, len(dataset.classes), config.size)
     torch.manual_seed(config.seed + 10 ** 6 * parallel.processes()[0])    # dropout of its own
+    model.to(device)
     optimizer = getattr(torch.optim, config.optimizer)(
         model.parameter_groups(), lr=config.lr, weight_decay=config.weight_decay,
         fused=device.type == "cuda")
     dtype = parallel.precision_of(config.precision, device)
+    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    run, log = asked.resume, []
     if checkpoint:
+        run = asked.resume
         log = weights.restore(checkpoint, run, config, dataset, optimizer, scaler, device)
     else:
-        stem = os.path.basename(config.method).replace(".py:", "-").lower()
+        stem, log = os.path.basename(config.method).replace(".py:", "-").lower(), []
         run = parallel.from_first(lambda: new_run(asked.run, f"{stem}-{dataset.name}"))
     if parallel.processes()[0] == 0:
         write_json(os.path.join(run, "config.json"),
-                   {"config": asdict(config), "options": asdict(options)})
+                   {"config": asdict(config), "options": asdict(asked.options)})
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     parallel.say(f"{config.method} on {dataset.name}: {len(dataset.classes)} training identities, "
-        f"{len(dataset.train):,} tracklets; {trained:,} parameters to train; "
-        f"{parallel.processes()[1]} x {device}, {dtype}; run {run}")
+                 f"{len(dataset.train):,} tracklets; {trained:,} parameters to train; "
+                 f"{parallel.processes()[1]} x {device}, {dtype}; run {run}")
 
-    augmented = partial(asked.method.augment or augment, erase=config.erase)
-    keep = partial(weights.save, run, log, model, optimizer, scaler, device, dataset, config, options)
+    augmented = partial(method.augment or augment, erase=config.erase)
+    save = partial(weights.save, run, log, model, optimizer, scaler, dataset, config,
+                   asked.options)
     test = partial(report, model, dataset, config, run, log, {"method": config.method})
     try:
         if not checkpoint:
-            warm_up(model, loader, augmented, config, device)
-            keep()    # from here on a run that is killed can be resumed
+            warm_up(model, loader, augmented, config)
+            save()    # from here on a run that is killed can be resumed
         if config.checkpoint_activations:
-            for module in model.modules():
-                if isinstance(module, model.recomputed):
-                    module.forward = partial(recomputed, module.forward, use_reentrant=False)
+            model.recompute_activations()
         if len(log) >= config.epochs or is_due(config, len(log)) and "rank-1" not in log[-1]:
             test()    # the run was stopped before it, or has nothing to train
-        train(config, dataset, loader, augmented, model, optimizer, scaler, device, log, keep, test)
+        train(config, dataset, loader, augmented, model, autocast, optimizer, scaler, log, save,
+              test)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; go on after the last whole epoch by: python train.py "
+        raise KeyboardInterrupt("interrupted; go on after the last whole epoch: python train.py "
                                 f"--resume {run}") from None
     parallel.leave()
 

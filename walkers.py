@@ -1,27 +1,25 @@
 """Walkers: synthetic pedestrians, filmed by day in visible light and by night in infrared.
 
-These people are the default dataset, drawn offline from a seed. As in the papers, the task is to
-find a person in the other modality, where colour does not help. An identity is a body, a gait and
-clothes; a camera is an angle, a place and a lens. Only paint and place depend on the modality:
+The default dataset, drawn offline from a seed. An identity is a body, a gait and clothes; a camera
+is an angle, a place and a lens. Only paint and place depend on the modality:
 
     walker: body, gait, clothes --+                       paint + place by day    (h, w, 3) .jpg
                                   +--> looks (2h, 2w) --> paint + place by night  (h, w)    .jpg
     camera: angle, size, jitter --+                       any look: mask          (h, w)    .png
 
-`python walkers.py DIR` writes the layout of HITSZ-VCM:
+`python walkers.py DIR` writes the layout of HITSZ-VCM (docs/data.md):
 
-    DIR/Train/0001/rgb/D3/1.jpg        pid 0001, visible (ir: infrared), camera 3, frame 1; or Test/
+    DIR/Train/0001/rgb/D3/1.jpg        or Test/: pid 0001, visible (ir: infrared), camera 3, frame 1
     DIR/masks/Train/0001/rgb/D3/1.png  the true silhouette of that frame, 0 or 255
-    DIR/info/*.txt                     the lists of HITSZ-VCM (docs/data.md)
+    DIR/info/*.txt                     the lists of HITSZ-VCM
     DIR/sentences.json                 {pid: what the person is and wears, in words}
     DIR/walkers.json                   the numbers that it was made with
 
 Quick question: would a network that learns colours do well here? (By day it would. Across
-modalities it would guess: tests/test_walkers.py shows it for mean colours and small pictures.)
+modalities it would guess: see tests/test_walkers.py.)
 
-Ours, not the papers': all but the layout. A good score here shows that the code works, no more:
-places are blurred, so that a small backbone can find silhouettes, and every walker is alone, whole
-and centred, and approaches the camera at 25 to 65 degrees.
+Ours, not the papers': all but the layout. A good score shows that the code works, no more: places
+are blurred; every walker is alone, whole and centred, and approaches at 25 to 65 degrees.
 """
 import functools
 import json
@@ -32,10 +30,9 @@ import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 from support import pedestrian
-from support.files import UserError, in_short
+from support.files import UserError
 from support.footage import read_frame
 from support.options import Parser, cli, progress
 from support.pedestrian import HAIR, ROLES, SKIN, Garment, View, Walker, draw_walker
@@ -46,21 +43,18 @@ from PIL import Image, ImageDraw, ImageFilter
 
 DRAWING = 2    # raise it when the pictures change: folders with older pictures are then refused
 SUPERSAMPLING = 2    # people are drawn this many times larger, then averaged
-
 # The spelling of the modalities in HITSZ-VCM: in names (M1) and lists, and as folders.
 NUMBER = {"infrared": 1, "visible": 2}
 FOLDER = {"infrared": "ir", "visible": "rgb"}
 
-# Separate random streams: default_rng([seed, stream, ...]).
+# Separate random streams: default_rng([seed, stream, ...])
 OF_WALKER, OF_PAINT, OF_CAMERA, OF_PLAN, OF_TRACKLET = range(5)
-
+PLACES = "windows", "bricks", "hedge", "fence", "shutters", "posters"
 # The clothes of people in uniform (--uniform): only their bodies and gaits differ.
 UNIFORM = {
     "top": "jacket", "bottom": "trousers", "upper": Garment("band", 0.12, 0.5, 0.15),
     "lower": Garment("plain", 0.12, 0.5, 0.1), "bag": "none", "hair": "cap"}
 
-
-# ---------------------------------------------------------------- people ----
 
 def make_walker(seed, pid, uniform=False):
     """-> the Walker with that number. uniform: dressed in UNIFORM."""
@@ -72,10 +66,8 @@ def make_walker(seed, pid, uniform=False):
 
     def garment(plain):
         others = len(pedestrian.PATTERNS) - 1
-        probabilities = [plain] + [(1 - plain) / others] * others
-        return Garment(
-            pattern=one_of(pedestrian.PATTERNS, probabilities),
-            period=between(0.12, 0.24), duty=between(0.35, 0.6), level=between(0.06, 0.2))
+        pattern = one_of(pedestrian.PATTERNS, [plain] + [(1 - plain) / others] * others)
+        return Garment(pattern, between(0.12, 0.24), between(0.35, 0.6), between(0.06, 0.2))
 
     # The order matters: each value is the next one of the same stream.
     walker = Walker(
@@ -97,14 +89,12 @@ def make_paint(seed, pid, modality):
     """-> (roles, 2, C) in 0..1, C = 3 if visible, 1 if infrared. The second tone of a role is that
     of its pattern. The modalities are independent, and neither dark nor bright means "person"."""
     rng = np.random.default_rng([seed, OF_PAINT, pid, NUMBER[modality]])
-    low, gap, high = 0.05, 0.3, 0.95
-    tones = rng.uniform(low, high - gap, (len(ROLES), 2))
-    tones[:, 1] = rng.uniform(tones[:, 0] + gap, high)
-    # Either of the two may be the brighter one.
+    # The two tones are at least 0.3 apart, and either may be the brighter one.
+    tones = rng.uniform(0.05, 0.95 - 0.3, (len(ROLES), 2, 1))
+    tones[:, 1] = rng.uniform(tones[:, 0] + 0.3, 0.95)
     tones = rng.permuted(tones, axis=1)
-    tones[HAIR] = rng.uniform(low, 0.6)
+    tones[HAIR] = rng.uniform(0.05, 0.6)
     tones[SKIN] = rng.uniform(0.3, 0.85)
-    tones = tones[:, :, None]
     if modality == "infrared":
         return tones
     hue = rng.random((len(ROLES), 2, 1)) + np.array([0, 1 / 3, 2 / 3])
@@ -115,62 +105,52 @@ def make_paint(seed, pid, modality):
 
 
 def in_colour(tones, colour):
-    """tones (..., 1), colour (..., 3) -> the colour with those tones: darkened by scaling,
-    lightened by mixing with white."""
+    """tones (..., 1), colour (..., 3) -> that colour, scaled or mixed with white to those tones."""
     grey = colour @ np.array([[0.299], [0.587], [0.114]])
     darker = colour * tones / grey
     lighter = 1 - (1 - colour) * (1 - tones) / (1 - grey + 1e-9)
     return np.where(grey > tones, darker, lighter)
 
 
-# --------------------------------------------------------------- cameras ----
+# ----------------------------------------------- cameras, what they film ----
 
-class Camera(NamedTuple):
-    """A lens and the place in front of it."""
-    place: dict       # modality -> (h, 2w, C) in 0..1: twice as wide as a frame, to pan over
-    azimuth: float    # radians from frontal at which people approach
-    tilt: float       # pixels down per pixel nearer
-    zoom: float       # average body height, in frame heights
-    light: dict       # modality -> (C,)
-    blur: float       # pixels
-    noise: float      # of 0..1
-    quality: int      # of the JPEG files
+@functools.cache    # a place takes long to draw
+class Camera:
+    """Number `number` of 1 to `cameras`: a lens and the place in front of it."""
+
+    def __init__(self, seed, number, cameras, height):
+        # The angles are evenly spread over 25 to 65 degrees, the kinds of places over the cameras.
+        order = np.random.default_rng([seed, OF_CAMERA])
+        turn, kind = (order.permutation(cameras)[number - 1] for _ in range(2))
+        self.azimuth = math.radians(25 + 40 * (turn + 0.5) / cameras)    # from frontal
+        rng = np.random.default_rng([seed, OF_CAMERA, number])
+        h = 2 * round(height * rng.uniform(0.875, 1.125) / 2)
+        self.place = draw_place(rng, h, PLACES[kind % len(PLACES)])
+        self.tilt = rng.uniform(0.06, 0.14)    # pixels down per pixel nearer
+        self.zoom = rng.uniform(0.84, 0.86)    # average body height, in frame heights
+        self.light = {"visible": rng.uniform(0.88, 1.0) * rng.uniform(0.96, 1.04, 3),
+                      "infrared": rng.uniform(0.93, 1.0, 1)}
+        self.blur = rng.uniform(0.2, 0.6)    # pixels
+        self.noise = rng.uniform(0.008, 0.02)    # of 0..1
+        self.quality = int(rng.integers(85, 96))    # of the JPEG files
 
 
-@functools.cache
-def make_camera(seed, number, cameras, height):
-    """-> the Camera with that number, 1 to `cameras`."""
-    # The angles are evenly spread over 25 to 65 degrees, the kinds of places over the cameras.
-    order = np.random.default_rng([seed, OF_CAMERA])
-    turn = order.permutation(cameras)[number - 1]
-    kind = PLACES[order.permutation(cameras)[number - 1] % len(PLACES)]
-    azimuth = math.radians(25 + 40 * (turn + 0.5) / cameras)
-    rng = np.random.default_rng([seed, OF_CAMERA, number])
-    h = 2 * round(height * rng.uniform(0.875, 1.125) / 2)
-    brightness, horizon = draw_place(rng, h, kind)
+def draw_place(rng, h, kind):
+    """-> {modality: (h, h, C) in 0..1}: twice as wide as a frame, to pan over."""
+    brightness, horizon = draw_brightness(rng, h, kind)
     place = {}
     for modality in "visible", "infrared":
         # The night has other reflectances: half of the places are inverted.
         if modality == "infrared" and rng.random() < 0.5:
             brightness = 1 - brightness
         contrast = rng.uniform(0.1, 0.3)
-        place[modality] = rng.uniform(0.05, 0.95 - contrast) + contrast * brightness
+        place[modality] = rng.uniform(0.05, 0.95 - contrast) + contrast * brightness[:, :, None]
     wall, ground = rng.uniform(0.6, 1, (2, 3))
     tint = np.where(np.arange(h)[:, None, None] < horizon, wall, ground)
-    place["visible"] = in_colour(place["visible"][:, :, None], tint / tint.max(2, keepdims=True))
+    place["visible"] = in_colour(place["visible"], tint / tint.max(2, keepdims=True))
     # An infrared lamp lights the middle.
-    lamp = 1 - 0.5 * np.linspace(-1, 1, h)[:, None] ** 2 * rng.uniform(0.3, 1)
-    place["infrared"] = (place["infrared"] * lamp)[:, :, None]
-    return Camera(
-        place={modality: pixels.astype(np.float32) for modality, pixels in place.items()},
-        azimuth=azimuth, tilt=rng.uniform(0.06, 0.14), zoom=rng.uniform(0.84, 0.86),
-        light={"visible": rng.uniform(0.88, 1.0) * rng.uniform(0.96, 1.04, 3),
-               "infrared": rng.uniform(0.93, 1.0, 1)},
-        blur=rng.uniform(0.2, 0.6), noise=rng.uniform(0.008, 0.02),
-        quality=int(rng.integers(85, 96)))
-
-
-PLACES = "windows", "bricks", "hedge", "fence", "shutters", "posters"
+    place["infrared"] *= 1 - 0.5 * np.linspace(-1, 1, h)[:, None, None] ** 2 * rng.uniform(0.3, 1)
+    return {modality: pixels.astype(np.float32) for modality, pixels in place.items()}
 
 
 def draw_wall(kind, pen, rng, tone, h, horizon):
@@ -207,7 +187,7 @@ def draw_wall(kind, pen, rng, tone, h, horizon):
                 pen.rectangle([x, y, x + width, min(y + height, horizon)], fill=tone())
 
 
-def draw_place(rng, h, kind):
+def draw_brightness(rng, h, kind):
     """-> the brightness (h, h) in 0..1 of a wall behind a ground, and the row of the horizon."""
     def tone():
         return int(rng.integers(256))
@@ -223,47 +203,29 @@ def draw_place(rng, h, kind):
     for x, y, thick, below in rng.uniform((0, -0.3, 0.01, 0), (1, 0.3, 0.05, 0.1), (poles, 4)):
         pen.rectangle([x * h, y * h, (x + thick) * h, horizon + below * h], fill=tone())
     # Kerbs and joints of the pavement
-    joints = rng.integers(1, 6)
-    for y in horizon + (h - horizon) * np.linspace(0.1, 1, joints) ** 1.5:
-        end = y + rng.uniform(-0.02, 0.02) * h
-        pen.line([0, y, h, end], fill=tone(), width=1 + h // 100)
+    for y in horizon + (h - horizon) * np.linspace(0.1, 1, rng.integers(1, 6)) ** 1.5:
+        pen.line([0, y, h, y + rng.uniform(-0.02, 0.02) * h], fill=tone(), width=1 + h // 100)
     # A lens that is focused on people blurs what is behind them.
     image = image.filter(ImageFilter.GaussianBlur(h / 40))
     return np.asarray(image, np.float32) / 255, horizon
 
 
-# ------------------------------------------------------------- tracklets ----
-
 def paint_looks(paint, light):
     """paint (roles, 2, C), light (C,) -> (looks, C + 1) uint8: the colour and the opacity of each
     look that draw_walker returns."""
     C, roles = len(light), pedestrian.ROLE_OF_INK
-    shade = pedestrian.SHADE_OF_INK[:, None, None]
     table = np.full((len(roles), 2, C + 1), 255, np.uint8)
-    table[..., :C] = 255 * np.clip(paint[roles] * shade * light, 0, 1)
+    table[..., :C] = 255 * np.clip(paint[roles] * pedestrian.SHADE_OF_INK * light, 0, 1)
     table[pedestrian.BACKGROUND] = 0
     return table.reshape(-1, C + 1)
 
 
-def photograph(looks, table, place, camera, rng):
-    """looks (2h, 2w), place (h, w, C) -> the frame and its mask, PIL images (h, w)."""
-    # take is much faster than table[looks].
-    person = Image.fromarray(np.take(table, looks, axis=0)).reduce(SUPERSAMPLING)
-    person = np.asarray(person, np.float32) / 255    # (h, w, C + 1)
-    colour, opacity = person[..., :-1], person[..., -1:]
-    frame = colour + (1 - opacity) * place
-    noise = camera.noise * rng.standard_normal(frame.shape, np.float32)
-    frame = np.uint8(255 * np.clip(frame + noise, 0, 1))
-    frame = Image.fromarray(frame.squeeze()).filter(ImageFilter.GaussianBlur(camera.blur))
-    return frame, Image.fromarray(np.uint8(255 * (opacity[..., 0] > 0.5)))
-
-
 def draw_tracklet(rng, walker, paint, camera, modality, frames):
-    """Yields (frame, mask), PIL images (h, w), for each frame of a walk in front of a camera."""
-    light, place = camera.light[modality] * rng.uniform(0.97, 1.0), camera.place[modality]
+    """Yields a frame and its mask, PIL images (h, w), for each moment of a walk."""
+    table = paint_looks(paint, camera.light[modality] * rng.uniform(0.97, 1.0))
+    place = camera.place[modality]
     h, w = place.shape[0], place.shape[1] // 2
     H, W = SUPERSAMPLING * h, SUPERSAMPLING * w
-    table = paint_looks(paint, light)
     # People walk to the right or to the left.
     azimuth = rng.choice((-1, 1)) * (camera.azimuth + rng.uniform(-0.07, 0.07))
     least, most = (0, 0.985, 0.47, 0.488), (2 * math.pi, 1.015, 0.53, 0.502)
@@ -273,10 +235,17 @@ def draw_tracklet(rng, walker, paint, camera, modality, frames):
         # A detector's boxes jitter.
         dx, dy, dz = rng.uniform(-1, 1, 3) * (0.01, 0.004, 0.006)
         size = H * camera.zoom * zoom * (1 + dz) * walker.stature
-        foot = W * (x + dx), H * (y + dy) + size / 2
-        view = View(azimuth, camera.tilt, size, foot)
+        view = View(azimuth, camera.tilt, size, foot=(W * (x + dx), H * (y + dy) + size / 2))
         looks = draw_walker(walker, phase + i * walker.pace, view, (H, W))
-        yield photograph(looks, table, place[:, left:left + w], camera, rng)
+        # take is much faster than table[looks].
+        person = Image.fromarray(np.take(table, looks, axis=0)).reduce(SUPERSAMPLING)
+        person = np.asarray(person, np.float32) / 255    # (h, w, C + 1)
+        colour, opacity = person[..., :-1], person[..., -1:]
+        frame = colour + (1 - opacity) * place[:, left:left + w]
+        frame = frame + camera.noise * rng.standard_normal(frame.shape, np.float32)
+        frame = Image.fromarray(np.uint8(255 * np.clip(frame, 0, 1)).squeeze())
+        mask = Image.fromarray(np.uint8(255 * (opacity[..., 0] > 0.5)))
+        yield frame.filter(ImageFilter.GaussianBlur(camera.blur)), mask
 
 
 # ---------------------------------------------------------------- folder ----
@@ -286,9 +255,9 @@ def write_walker(folder, made, pid):
     (modality, pid, camera, names of the frames) of each tracklet. made: what walkers.json holds."""
     seed, frames, cameras = made["seed"], made["frames"], made["cameras"]
     train, share = made["train_identities"], made["uniform"]
-    split, number = ("Train", pid) if pid <= train else ("Test", pid - train)
+    split, nth = ("Train", pid) if pid <= train else ("Test", pid - train)
     # The people in uniform are spread evenly.
-    uniform = math.floor(number * share + 1e-9) > math.floor((number - 1) * share + 1e-9)
+    uniform = math.floor(nth * share + 1e-9) > math.floor((nth - 1) * share + 1e-9)
     walker, tracklets = make_walker(seed, pid, uniform), []
     plan = np.random.default_rng([seed, OF_PLAN, pid])
     for modality in "infrared", "visible":
@@ -297,40 +266,39 @@ def write_walker(folder, made, pid):
         rounds = [plan.permutation(cameras) + 1 for _ in range(0, made["tracklets"], cameras)]
         chosen = sorted(np.concatenate(rounds)[:made["tracklets"]].tolist())
         for track, number in enumerate(chosen):
-            camera = make_camera(seed, number, cameras, made["height"])
+            camera = Camera(seed, number, cameras, made["height"])
             rng = np.random.default_rng([seed, OF_TRACKLET, pid, NUMBER[modality], track])
-            pictures = draw_tracklet(rng, walker, paint, camera, modality, frames)
             place = Path(split, f"{pid:04d}", FOLDER[modality], f"D{number}")
             for parent in folder, folder / "masks":
                 (parent / place).mkdir(parents=True, exist_ok=True)
+            name, names = f"{pid:04d}M{NUMBER[modality]}D{number}T{track + 1}", []
             # Paths do not name the track: the second one of a camera continues the frame numbers.
             first = chosen[:track].count(number) * frames + 1
-            for i, (frame, mask) in enumerate(pictures, first):
+            walk = draw_tracklet(rng, walker, paint, camera, modality, frames)
+            for i, (frame, mask) in enumerate(walk, first):
                 frame.save(folder / place / f"{i}.jpg", quality=camera.quality)
                 mask.save(folder / "masks" / place / f"{i}.png", compress_level=1)
-            name = f"{pid:04d}M{NUMBER[modality]}D{number}T{track + 1}"
-            names = [f"{name}F{i}.jpg" for i in range(first, first + frames)]
+                names.append(f"{name}F{i}.jpg")
             tracklets.append((modality, pid, number, names))
     return pedestrian.describe(walker), tracklets
 
 
 def write_info(info, split, tracklets):
-    """Write the lists of one split (docs/data.md). tracklets: what write_walker returns."""
-    lines, tracks = [], []
-    for modality, pid, camera, names in tracklets:
-        start = len(lines) + 1
+    """Write the lists of one split. tracklets: what write_walker returns."""
+    lines, tracks, queries = [], [], []
+    for row, (modality, pid, camera, names) in enumerate(tracklets, 1):
+        first = len(lines) + 1
         lines += names
-        tracks.append(f"{NUMBER[modality]} {start} {len(lines)} {pid} {camera}")
+        tracks.append(f"{NUMBER[modality]} {first} {len(lines)} {pid} {camera}")
+        if modality == "infrared":
+            queries.append(str(row))
     (info / f"{split}_name.txt").write_text("\n".join(lines) + "\n")
     (info / f"track_{split}_info.txt").write_text("\n".join(tracks) + "\n")
     if split == "test":
-        queries = [str(row) for row, (modality, *_) in enumerate(tracklets, 1)
-                   if modality == "infrared"]
         (info / "query_IDX.txt").write_text(" ".join(queries) + "\n")
 
 
 def draw_folder(folder, made, workers):
-    """Draw what `made` says. workers: processes (None: one for each core)."""
     (folder / "info").mkdir(parents=True)
     train = made["train_identities"]
     pids = range(1, 1 + train + made["test_identities"])
@@ -345,37 +313,35 @@ def draw_folder(folder, made, workers):
     (folder / "walkers.json").write_text(json.dumps(made, indent=1, sort_keys=True) + "\n")
 
 
+def draw_whole(root, made, workers):
+    """Draw the folder under another name, and rename it when it is whole. Raises UserError."""
+    making = root.with_name(f".{root.name}.making-{os.getpid()}")
+    try:
+        draw_folder(making, made, workers)
+        making.rename(root)
+    except OSError as error:
+        if not root.exists():    # or another process was quicker
+            raise UserError(f"{root} cannot be written ({error}); give another DIR") from None
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+
+
 def make_walkers(root, *, train_identities=96, test_identities=60, tracklets=4, frames=12,
                  height=128, cameras=6, uniform=0.0, seed=0, workers=None):
-    """Write the folder described above, unless it is there already -> was it written? It is drawn
-    under another name and then renamed, so root is never half drawn. The arguments: see main.
-    Raises UserError."""
-    if frames < 12 or not 0 <= uniform <= 1:
-        raise UserError(f"frames {frames}, uniform {uniform}; expected at least 12 frames and a "
-                        "share of 0 to 1; give other values")
+    """Write the folder described above, unless it is there already. The arguments: see main. Raises
+    UserError."""
+    if frames < 12:
+        raise UserError(f"frames {frames}; expected 12 or more: readers drop shorter tracklets")
     made = {"drawing": DRAWING, "train_identities": train_identities,
             "test_identities": test_identities, "tracklets": tracklets, "frames": frames,
             "height": height, "cameras": cameras, "uniform": uniform, "seed": seed}
     root = Path(root).absolute()
+    if not root.exists():
+        draw_whole(root, made, workers)
+        print(f"{root}: {train_identities} people to train on, {test_identities} to test on")
     file = root / "walkers.json"
-    if root.is_file() or (root.is_dir() and any(root.iterdir())):
-        found = json.loads(file.read_text()) if file.is_file() else {}
-        missing = {key: value for key, value in made.items() if found.get(key) != value}
-        if missing:
-            raise UserError(f"{root} holds other walkers or other files; expected walkers with "
-                            f"{missing}; delete that folder or give another DIR")
-        return False
-    making = root.with_name(f".{root.name}.making-{os.getpid()}")
-    try:
-        draw_folder(making, made, workers)
-        os.replace(making, root)
-    except OSError as error:
-        raise UserError(f"{root} cannot be written ({in_short(error)}); free some space or give "
-                        "another DIR") from None
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
-    print(f"{root}: {train_identities} people to train on, {test_identities} to test on")
-    return True
+    if not file.is_file() or json.loads(file.read_text()) != made:
+        raise UserError(f"{root} holds something else than {made}; delete it, or give another DIR")
 
 
 def drawn(people):
@@ -386,17 +352,17 @@ def drawn(people):
 
 
 def sample(people, T):
-    """Some walkers for the demos of the chapters, not written to disk -> uint8 frames (2 * people,
-    T, 3, 128, 64), by day first, modality and label (2 * people,)."""
+    """Some walkers for the chapters' demos -> uint8 frames (2 * people, T, 3, 128, 64), those by
+    day first, their modality and label (2 * people,)."""
     frames = []
     for modality in "visible", "infrared":
         for pid in range(1, people + 1):
-            camera, rng = make_camera(0, pid % 6 + 1, 6, 128), np.random.default_rng(pid)
+            camera, rng = Camera(0, pid % 6 + 1, 6, 128), np.random.default_rng(pid)
             paint = make_paint(0, pid, modality)
             walk = draw_tracklet(rng, make_walker(0, pid), paint, camera, modality, T)
             frames.append(torch.stack([read_frame(frame, (128, 64)) for frame, _ in walk]))
-    label = torch.arange(people).repeat(2)
-    return torch.stack(frames), (torch.arange(2 * people) >= people).long(), label
+    modality = torch.arange(2).repeat_interleave(people)
+    return torch.stack(frames), modality, torch.arange(people).repeat(2)
 
 
 def main():
@@ -411,11 +377,8 @@ def main():
     number("--height", help="pixels, varied by an eighth between cameras (128)")
     number("--cameras", help="places, each by day and by night (6)")
     number("--seed", help="another seed draws other people and places (0)")
-    number("--workers", help="processes (one for each core)")
     parser.add_argument("--uniform", type=float, metavar="SHARE", help="of people in uniform (0)")
-    given = vars(parser.parse_args())
-    if not make_walkers(**given):
-        print(f"{given['root']}: these walkers are there already")
+    make_walkers(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Files: errors that a user can act on, writing that loses nothing, the folder of a run.
 
     raise UserError("what was found; what was expected; what to do")
-    write_atomic(path, write)      the old file or the new one, never half of it
+    write_atomic(path, write)           the old file or the new one, never half of it
     new_run(None, "dinogrl-walkers")    makes runs/dinogrl-walkers-1, or -2, ...
 
 Quick question: why write to another name first, and then rename? (A rename is one step for the
@@ -24,14 +24,12 @@ def in_short(error, limit=120):
 
 
 def read_lines(path):
-    """The lines of a text file. Raises UserError."""
+    """The lines of a text file. Bytes that are not UTF-8 become U+FFFD. Raises UserError."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
             return file.read().rstrip().splitlines()
-    except FileNotFoundError:
-        raise UserError(f"no file {path}; expected it in the dataset: see docs/data.md") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as text ({error}); download it again") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); download it again") from None
 
 
 def read_json(path):
@@ -59,8 +57,6 @@ def parsed(path, parse, expected):
     return found
 
 
-# --------------------------------------------------------------- writing ----
-
 def write_atomic(path, write):
     """Call write(file) with a file of a temporary name beside `path`, then os.replace: a reader
     sees the old file or the new one, whole. Raises UserError; then the old file is untouched."""
@@ -73,10 +69,8 @@ def write_atomic(path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        # torch.save hides a full disk behind a RuntimeError of its own.
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
+        # torch.save hides a full disk behind a RuntimeError.
+        cause = error if isinstance(error, OSError) else error.__context__ or error
         raise UserError(f"{path} cannot be written ({in_short(cause)}); the file that was there is "
                         "untouched: free some space or choose another folder") from error
     finally:
@@ -90,36 +84,26 @@ def write_json(path, value):
 
 
 def write_picture(path, picture):
-    """picture: a PIL image; written as PNG."""
     write_atomic(path, lambda file: picture.save(file, format="PNG"))
 
 
-# ----------------------------------------------------- the folder of a run ----
-
 def new_run(path, stem):
-    """Make the folder of a run -> its path. path: None for runs/STEM-1, or -2, ... Raises
-    UserError."""
+    """Make the folder of a run: path, or runs/STEM-1, -2, ... -> its path. Raises UserError."""
     number = 1
-    while True:
-        folder = path or os.path.join("runs", f"{stem}-{number}")
-        try:
-            os.makedirs(folder)
-            return folder
-        except FileExistsError:
-            if path:
-                raise UserError(f"{path} exists already; choose another --run, or go on with it by "
-                                f"--resume {path}") from None
-            number += 1
-        except OSError as error:
-            raise UserError(f"{folder} cannot be made ({in_short(error)}); choose another "
-                            "--run") from None
+    while not path and os.path.exists(f"runs/{stem}-{number}"):
+        number += 1
+    folder = path or os.path.join("runs", f"{stem}-{number}")
+    try:
+        os.makedirs(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made ({error.strerror}); choose another --run "
+                        "(--resume goes on with one that exists)") from None
+    return folder
 
 
 def read_log(run, epochs):
-    """The first `epochs` lines of a run's log.jsonl, as dicts. A run that was stopped between its
-    log and its checkpoint has one line more."""
-    path = os.path.join(run, "log.jsonl")
-    lines = read_lines(path) if epochs else []
+    """The first `epochs` lines of log.jsonl: a run stopped before its checkpoint has one more."""
+    lines = read_lines(os.path.join(run, "log.jsonl")) if epochs else []
     return [json.loads(line) for line in lines[:epochs]]
 
 

@@ -10,6 +10,8 @@ picture each of many people. A refused folder is mended; a wrong tracklet is nev
 import functools
 import os
 import re
+from collections import defaultdict
+from pathlib import Path
 
 from support.files import UserError, in_short
 
@@ -18,7 +20,7 @@ import torch
 from PIL import Image, ImageOps, ImageSequence
 
 # "walk.gif#3": picture 3, counted from 0, of an animated file.
-ANIMATED = re.compile(r"(.+\.(?:gif|tiff?|webp|apng|avifs?))#(\d+)", re.IGNORECASE | re.DOTALL)
+ANIMATED = re.compile(r"(.+\.(?:gif|tiff?|webp|apng|avifs?))#(\d+)\Z", re.IGNORECASE | re.DOTALL)
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])    # ImageNet's
 
 # ------------------------------------------------------------- one frame ----
@@ -43,18 +45,16 @@ def picture(image, size):
     return torch.from_numpy(rows.swapaxes(0, 1).copy())
 
 
-def file_of(frame):
-    """The file that holds a frame: walk.gif for walk.gif#3."""
-    animated = ANIMATED.fullmatch(frame)
-    return animated[1] if animated else frame
-
-
 @functools.lru_cache(maxsize=1)
 def animation(path, size, modified):
-    """All pictures of an animated file as frames: each builds on the one before, so reading one
-    alone costs as much. modified: when the file was; a later file of that name is read again."""
+    """All pictures of an animated file: each builds on the one before. modified: its time."""
     with Image.open(path) as image:
         return [picture(page.copy(), size) for page in ImageSequence.Iterator(image)]
+
+
+def file_of(frame):
+    """The file that holds a frame: walk.gif for walk.gif#3."""
+    return ANIMATED.sub(r"\1", os.fspath(frame))
 
 
 def read_frame(frame, size):
@@ -64,8 +64,7 @@ def read_frame(frame, size):
         frame = Image.fromarray(frame)
     if isinstance(frame, Image.Image):
         return picture(frame.copy(), size)    # the caller's stays as it is
-    frame = os.fspath(frame)
-    animated = ANIMATED.fullmatch(frame)
+    animated = ANIMATED.fullmatch(os.fspath(frame))
     try:
         if animated:
             file, number = animated.groups()
@@ -78,13 +77,12 @@ def read_frame(frame, size):
 
 
 def true_masks(root, frames, size):
-    """The true silhouettes of frames, bool (T, H, W), if the dataset at root has masks/ (walkers
-    do); otherwise None."""
-    names = [os.path.splitext(os.path.relpath(frame, root))[0] + ".png" for frame in frames]
-    paths = [os.path.join(root, "masks", name) for name in names]
-    if not all(map(os.path.isfile, paths)):
+    """The true silhouettes, bool (T, H, W), of a dataset with masks/ (walkers have), or None."""
+    files = [Path(root, "masks", os.path.relpath(frame, root)) for frame in frames]
+    masks = [file.with_suffix(".png") for file in files]
+    if not all(mask.is_file() for mask in masks):
         return None
-    return torch.stack([read_frame(path, size)[0] > 127 for path in paths])
+    return torch.stack([read_frame(mask, size)[0] > 127 for mask in masks])
 
 
 def normalise(frames, channels=slice(None)):
@@ -101,16 +99,10 @@ def natural(name):
     return [int(word) if i % 2 else word for i, word in enumerate(words)], name
 
 
-@functools.cache
-def readable_extensions():
-    """Those of the formats that pillow opens. MPEG it only recognises."""
-    formats = Image.registered_extensions()
-    return {extension for extension, name in formats.items()
-            if name in Image.OPEN and name != "MPEG"}
-
-
 def is_readable(file):
-    return os.path.splitext(file)[1].lower() in readable_extensions()
+    """Whether pillow opens files of this extension. MPEG it only recognises."""
+    kind = Image.registered_extensions().get(os.path.splitext(file)[1].lower())
+    return kind in Image.OPEN and kind != "MPEG"
 
 
 def frames_of_file(file):
@@ -127,37 +119,27 @@ def frames_of_file(file):
 
 
 def find_footage(path):
-    """Folders of frames -> {name of a tracklet: paths of its frames}, both in natural order.
-
-    path: a folder with a folder of frames for each tracklet, at any depth (names are relative to
-    it), or one folder of frames. An animated file is a tracklet too. Hidden files are left out.
-    Raises UserError."""
-    path = os.path.normpath(path)
-    if not os.path.isdir(path):
-        raise UserError(f"no folder {path}; expected a folder of frames for each tracklet; check "
-                        "the path")
-    found = {}    # path of a folder or of an animated file -> its frames
+    """Folders of frames -> {name of a tracklet: paths of its frames}, both in natural order. A
+    tracklet is a folder of images at any depth below path, or path itself, or an animated file.
+    Hidden files are left out. Raises UserError."""
+    path = Path(os.path.abspath(path))
+    if not path.is_dir():
+        raise UserError(f"no folder {path}; expected folders of frames; check the path")
+    found = defaultdict(list)    # a folder or an animated file -> its frames
     for folder, folders, files in os.walk(path, followlinks=True):
-        folders[:] = sorted((f for f in folders if not f.startswith(".")), key=natural)
-        files = [f for f in files if is_readable(f) and not f.startswith(".")]
-        for file in sorted(files, key=natural):
-            file = os.path.join(folder, file)
-            frames = frames_of_file(file)
-            found.setdefault(folder if frames == [file] else file, []).extend(frames)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in sorted(files, key=natural):
+            if is_readable(name) and not name.startswith("."):
+                frames = frames_of_file(os.path.join(folder, name))
+                found[Path(folder, name if len(frames) > 1 else "")] += frames
     if not found:
         raise UserError(f"no frames under {path}; expected a folder of images for each tracklet; "
                         "from a video, extract the frames first")
     for place in found:
-        above = os.path.dirname(place)
-        while len(above) >= len(path) and above not in found:
-            above = os.path.dirname(above)
-        if above in found:
-            raise UserError(f"{above} holds loose frames beside folders of frames; expected one or "
-                            "the other; move them into a folder of their own")
-
-    def name(place):
-        inside = os.path.relpath(place, path).replace(os.sep, "/")
-        return os.path.basename(os.path.abspath(path)) if place == path else inside
-
-    named = {name(place): tuple(frames) for place, frames in found.items()}
-    return {key: named[key] for key in sorted(named, key=natural)}
+        if above := found.keys() & set(place.parents):
+            raise UserError(f"{min(above)} holds loose frames beside folders of frames; expected "
+                            "one or the other; move them into a folder of their own")
+    named = {place.relative_to(path).as_posix(): tuple(found[place]) for place in found}
+    if "." in named:    # the folder itself
+        named = {path.name: named["."]}
+    return {name: named[name] for name in sorted(named, key=natural)}

@@ -3,7 +3,10 @@
 A method is a subclass. It must have `Options`, `embed` and `forward`; it overrides what else it
 wants. docs/method.md shows a loss, a part, a stream, a sampler and an augmentation of your own.
 """
+from functools import partial
+
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 class Method(nn.Module):
@@ -23,6 +26,17 @@ class Method(nn.Module):
     warm_up_steps = 0   # so many steps train warm_up_module alone, before the rest may use it
     warm_up_module = ""    # its name
     warm_up_lr = 1e-2   # the rate falls from here to 0
+
+    def recompute_activations(self):
+        """--checkpoint-activations: modules of the `recomputed` classes keep their input alone, and
+        compute the rest again in the backward pass. [ours]"""
+        for module in self.modules():
+            if isinstance(module, self.recomputed):
+                module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+
+    @property
+    def device(self):
+        return next(self.parameters()).device
 
     def embed(self, frames, modality):
         """Normalised frames (B, T, 3, H, W), modality (B,), 0 visible, 1 infrared -> embeddings

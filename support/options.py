@@ -101,6 +101,24 @@ def typed(parser, words=None):
             for name, value in vars(parser.parse_args(words)).items()}
 
 
+def configure(parser, words, config_class, method, checkpoint=None):
+    """Add the options of a run and of its method to a parser with --preset -> both dataclasses,
+    from what was typed over the checkpoint, or over the method's recipe and preset; and {name:
+    value} of what was typed."""
+    add_options(parser, config_class, method.recipe, method.small)
+    add_options(parser, method.Options, {}, method.small)
+    given = typed(parser, words)
+    data = given.get("data")
+    is_small = not data or os.path.isfile(os.path.join(data, "walkers.json"))
+    values = dict(method.recipe)
+    if given.get("preset", "small" if is_small else "paper") == "small":
+        values |= method.small
+    if checkpoint:
+        values = checkpoint["config"] | checkpoint["options"]
+    values |= given
+    return fill(config_class, values), fill(method.Options, values), given
+
+
 def early(words, *names):
     """Options that decide which others there are: {name: what was typed, or ""}."""
     parser = Parser(add_help=False)

@@ -2,7 +2,7 @@
 
     device = join("")                  this process's device; the processes find each other
     gathered(x)                        the tracklets of all, for losses that compare tracklets
-    model = shared(model, device)      gradients averaged, batch norms synchronised (on GPUs)
+    model = shared(model)              gradients averaged, batch norms synchronised (on GPUs)
     with first_goes_first(): ...       one process of a machine downloads, the others find it there
 
 Each process computes the whole batch's losses from the embeddings of all, and the gradient of its
@@ -148,14 +148,14 @@ def gathered(x):
     return x if processes()[1] == 1 else Gathered.apply(x)
 
 
-def shared(model, device):
+def shared(model):
     """The model as each process calls it: gradients are averaged over processes.
 
     On GPUs batch norms see the batch of all, but for those of model.whole_batch, which are given
     it; torch has no synchronised batch norm for CPUs, where each process uses its own share."""
     if processes()[1] == 1:
         return model
-    if device.type == "cuda":
+    if model.device.type == "cuda":
         whole = {id(module): module for name in model.whole_batch
                  for module in model.get_submodule(name).modules()}
         for module in list(model.modules()):

@@ -105,10 +105,10 @@ for depth, shade in ("near", 1.06), ("far", 0.83):
         f"{depth} leg": (LOWER, shade), f"{depth} shin": (SKIN, shade),
         f"{depth} shoe": (SHOES, shade)}
 
-OUTLINE_SHADE = 0.78
+# An outline is darker than its surface.
 INK = {name: 2 * i for i, name in enumerate(PARTS)}    # of the surface; INK + 1: of the outline
 ROLE_OF_INK = np.repeat([role for role, _ in PARTS.values()], 2)
-SHADE_OF_INK = np.outer([shade for _, shade in PARTS.values()], [1, OUTLINE_SHADE]).reshape(-1)
+SHADE_OF_INK = np.outer([shade for _, shade in PARTS.values()], [1, 0.78]).reshape(-1, 1, 1)
 BACKGROUND = slice(0, 2)    # its inks
 
 

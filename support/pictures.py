@@ -12,7 +12,11 @@ Quick question: which tracklets should a sheet show? (Evenly spaced ones, chosen
 is known. A sheet of the best ones would show what we hope for.)
 """
 import math
+import os
 from typing import NamedTuple
+
+from support.files import write_picture
+from support.footage import normalise, read_frame, true_masks
 
 import numpy as np
 import torch
@@ -28,10 +32,8 @@ COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9",
 
 def evenly(items, n):
     """n evenly spaced items, including the first and the last; all items if there are fewer."""
-    if not items:
-        return []
-    places = np.linspace(0, len(items) - 1, n).astype(int)
-    return [items[place] for place in np.unique(places)]
+    places = np.linspace(0, len(items) - 1, min(n, len(items)))
+    return [items[int(place)] for place in places]
 
 
 class Sheet:
@@ -45,11 +47,9 @@ class Sheet:
     def text(self, x, y, words, width=math.inf, anchor="la", colour=BLACK):
         """One line of text; only its end if it is wider than `width`. anchor: which point of it is
         at (x, y), as in pillow; "la" is the upper left corner."""
-        shown = words
-        while words and self.font.getlength(shown) > width:
+        while self.font.getlength(words) > width:
             words = words[1:]
-            shown = "..." + words
-        self.pen.text((x, y), shown, fill=colour, font=self.font, anchor=anchor)
+        self.pen.text((x, y), words, fill=colour, font=self.font, anchor=anchor)
 
 
 def side_by_side(images, height, width):
@@ -59,7 +59,7 @@ def side_by_side(images, height, width):
     if images.ndim == 3:
         images = images[:, None].expand(-1, 3, -1, -1)
     images = F.interpolate(images, (height, width), mode="bilinear", antialias=True)
-    row = images.clamp(0, 1).permute(2, 0, 3, 1).flatten(1, 2)    # (height, T * width, 3)
+    row = images.permute(2, 0, 3, 1).flatten(1, 2)    # (height, T * width, 3)
     return Image.fromarray((255 * row).round().byte().cpu().numpy())
 
 
@@ -70,19 +70,19 @@ def in_columns(titles, rows, captions, height):
     shape in all columns. captions: for each column the words below the pictures of the last row."""
     T, _, H, W = rows["frames"][0].shape
     width = height * W // H
-    left, top, gap = 130, 24, 8
-    right = left + len(titles) * (T * width + gap)
-    bottom = top + len(rows) * (height + gap)
-    sheet = Sheet(right, bottom + 16)
-    for y, name in zip(range(top, bottom, height + gap), rows, strict=True):
+    across, down = T * width + 8, height + 8
+    bottom = 24 + len(rows) * down
+    sheet = Sheet(130 + len(titles) * across, bottom + 16)
+    for r, (name, images_of) in enumerate(rows.items()):
+        y = 24 + r * down
         sheet.text(6, y + height // 2 - 8, name)
+        for c, images in enumerate(images_of):
+            if images is not None:
+                strip = side_by_side(images, height, width)
+                sheet.image.paste(strip, (130 + c * across, y))
     for c, title in enumerate(titles):
-        x = left + c * (T * width + gap)
+        x = 130 + c * across
         sheet.text(x, 4, title, T * width)
-        for r, images_of in enumerate(rows.values()):
-            if images_of[c] is not None:
-                strip = side_by_side(images_of[c], height, width)
-                sheet.image.paste(strip, (x, top + r * (height + gap)))
         for k, caption in enumerate(captions[c]):
             sheet.text(x + k * width, bottom - 6, caption, width)
     return sheet.image
@@ -142,7 +142,7 @@ def draw_silhouettes(columns, height=128):
 
 class Reading(NamedTuple):
     """A tracklet as LSMRL reads it. frames: uint8 (T, 3, H, W); look: where the token of each frame
-    looks, (T, h, w), or None; sentences: those it reads most, a list of (caption, picture of the
+    looks, (T, h, w), or None; sentences: those it reads most, at most T of (caption, picture of the
     sentence's person, uint8 (3, H, W), or None)."""
     title: str
     frames: torch.Tensor
@@ -151,27 +151,29 @@ class Reading(NamedTuple):
 
 
 def lit(frames, look):
-    """Frames (T, 3, H, W) and shares of their patches (T, h, w) -> the frames, each bright where
-    its share is high; the patch with the highest share keeps its brightness."""
-    look = look.float().cpu()[:, None]
-    brightest = look.amax((2, 3), keepdim=True)
-    look = F.interpolate(look / brightest, frames.shape[-2:], mode="bilinear")
-    return frames.cpu() / 255 * (0.15 + 0.85 * look)
+    """Frames (T, 3, H, W) and shares of their patches (T, h, w) or None -> the frames, bright where
+    the share is high; the patch with the highest share keeps its brightness."""
+    if look is None:
+        return None
+    look = look[:, None].float().cpu()
+    look = look / look.amax((2, 3), keepdim=True)
+    light = F.interpolate(look, frames.shape[-2:], mode="bilinear")
+    return frames / 255 * (0.15 + 0.85 * light)
 
 
 def draw_reading(columns, height=128):
     """columns: a Reading for each tracklet, all of the same T, H and W -> PIL image: the frames,
     where their tokens look, and the people whose sentences each tracklet reads most."""
-    titles, frames, looks, _ = zip(*columns, strict=True)
-    rows = {"frames": frames, "looks at": [], "reads most of": []}
-    captions = []
-    for column in columns:
-        look, sentences = column.look, column.sentences[:len(column.frames)]
-        white = torch.full_like(column.frames[0], 255)
-        people = [white if person is None else person for _, person in sentences]
-        rows["looks at"].append(None if look is None else lit(column.frames, look))
-        rows["reads most of"].append(torch.stack(people) if people else None)
-        captions.append([caption for caption, _ in sentences])
+    titles, frames, looks, sentences = zip(*columns, strict=True)
+    white = torch.full_like(frames[0][0], 255)
+    captions, people = [], []
+    for read in sentences:
+        faces = [white if face is None else face for _, face in read]
+        people.append(torch.stack(faces) if faces else None)
+        captions.append([caption for caption, _ in read])
+    rows = {"frames": frames,
+            "looks at": list(map(lit, frames, looks)),
+            "reads most of": people}
     return in_columns(titles, rows, captions, height)
 
 
@@ -244,8 +246,7 @@ def draw_bars(sheet, x, y, height, strips, longest):
 # ---------------------------------------------------------------- charts ----
 
 def round_numbers(low, high):
-    """Multiples of 1, 2, 5, 10, 20, ... from `low` or below to `high` or above, in some ten
-    steps."""
+    """Round numbers from `low` or below to `high` or above, in steps of 1, 2, 5, 10, 20, ..."""
     high = max(high, low + 1)
     steps = (digit * 10 ** k for k in range(9) for digit in (1, 2, 5))
     step = next(step for step in steps if high - low <= 10 * step)
@@ -253,27 +254,27 @@ def round_numbers(low, high):
 
 
 class Chart:
-    """A frame with grid lines. What it draws is given in the units of its axes.
+    """A frame with grid lines, for points in the units of its axes. The finished sheet is halved,
+    so that lines look smooth: 4 pixels here are 2 of the file.
 
-    A chart is drawn at four times its size and halved, so its lines are smooth and sharp: 4 pixels
-    here are 2 of the file. left, right: in the sheet. x_ticks: rising numbers, the first and the
-    last at the edges; y_ticks: the same with labels, {number: label}."""
+    left, right: in the sheet; x_ticks, y_ticks: rising numbers, the first and the last at the
+    edges; y_label: a number of y_ticks -> its label."""
 
-    def __init__(self, sheet, left, right, title, x_ticks, y_ticks):
+    def __init__(self, sheet, left, right, title, x_ticks, y_ticks, y_label=str):
         self.sheet, self.pen = sheet, sheet.pen
         self.box = left, top, right, bottom = left, 176, right, sheet.image.height - 160
-        self.x = min(x_ticks), max(x_ticks)
-        self.y = min(y_ticks), max(y_ticks)
+        self.x = x_ticks[0], x_ticks[-1]
+        self.y = y_ticks[0], y_ticks[-1]
         self.keys = 0    # lines of the legend
         sheet.text(left, 80, title)
         for number in x_ticks:
             x, _ = self.at(number, 0)
             self.pen.line((x, top, x, bottom), fill=GRID, width=4)
             sheet.text(x, bottom + 64, str(number), anchor="mm")
-        for number, label in y_ticks.items():
+        for number in y_ticks:
             _, y = self.at(0, number)
             self.pen.line((left, y, right, y), fill=GRID, width=4)
-            sheet.text(left - 32, y, label, left - 40, anchor="rm")
+            sheet.text(left - 32, y, y_label(number), left - 40, anchor="rm")
         self.pen.rectangle(self.box, outline=BLACK, width=4)
 
     def at(self, x, y):
@@ -320,17 +321,118 @@ def draw_curves(log, title):
                 per_cent = 100 * scores["rank-1"][direction]
                 rank_1.setdefault((direction, stream), []).append((epoch, per_cent))
 
-    sheet = Sheet(4960, max(1680, 400 + 80 * len(losses)), font_size=52)
+    sheet = Sheet(4960, 1680, font_size=52)
     epochs = round_numbers(log[0]["epoch"], log[-1]["epoch"])
     exponents = [exponent for points in losses.values() for _, exponent in points] or [0]
     decades = round_numbers(min(exponents), max(exponents))
     chart = Chart(sheet, 304, 1944, f"{title}: weighted losses, mean of each epoch", epochs,
-                  {k: f"{10.0 ** k:g}" for k in decades})
+                  decades, lambda exponent: f"{10.0 ** exponent:g}")
     for name, points in losses.items():
         chart.curve(points, f"{name}  {10 ** points[-1][1]:.3g}")
-    chart = Chart(sheet, 3104, 4120, "test: Rank-1 (%) by epoch", epochs,
-                  {number: str(number) for number in range(0, 101, 20)})
+    chart = Chart(sheet, 3104, 4120, "test: Rank-1 (%) by epoch", epochs, range(0, 101, 20))
     for (direction, stream), points in rank_1.items():
         name = f"    {stream} alone" if stream else direction
         chart.curve(points, f"{name}  {points[-1][1]:.3g}", width=4 if stream else 8)
     return sheet.image.reduce(2)
+
+
+# ----------------------------------------------- a dataset, seen by a model ----
+
+def iou(silhouettes, masks):
+    """Silhouettes (T, h, w), true masks (T, H, W) -> the overlap of each, (T,): intersection over
+    union of the mask and what is at least 0.5 at its size."""
+    found = F.interpolate(silhouettes[:, None].float().cpu(), masks.shape[1:], mode="bilinear")
+    found = found[:, 0] >= 0.5
+    both, either = (found & masks).sum((1, 2)), (found | masks).sum((1, 2))
+    return both / either.clamp(min=1)
+
+
+def ious(silhouettes, frames_of, root, number=32):
+    """The overlap in each frame of some tracklets; none without root/masks. silhouettes: N of
+    (T, h, w); frames_of: the Frames that they were found in."""
+    if not os.path.isdir(os.path.join(root, "masks")):
+        return []
+    overlaps = []
+    for i in evenly(range(len(frames_of)), number):
+        masks = true_masks(root, frames_of.paths(i), frames_of.size)
+        overlaps += iou(silhouettes[i], masks).tolist()
+    return overlaps
+
+
+def person_of(tracklet):
+    return f"{tracklet.camera or ''} person {tracklet.pid}".strip()
+
+
+def frames_for(tracklet, size, number):
+    """-> uint8 (number, 3, H, W), evenly taken."""
+    return torch.stack([read_frame(frame, size) for frame in evenly(tracklet.frames, number)])
+
+
+def ranked_lists(model, dataset, found, embeddings, size, top=8):
+    """The nearest of four queries of each direction -> PIL image. found: of evaluate."""
+    rows = []
+    for direction, (distance, match, valid) in found.items():
+        query, gallery = dataset.directions[direction]
+        for q in evenly(range(len(query)), 4):
+            asked, hits = dataset.test[query[q]], []
+            nearest = np.where(valid[q], distance[q], np.inf).argsort(kind="stable")
+            for g in nearest[:min(top, valid[q].sum())]:
+                t, strips = dataset.test[gallery[g]], {}
+                if torch.is_tensor(embeddings):
+                    apart = embeddings[query[q]] - embeddings[gallery[g]]    # (parts, dim)
+                    strips = model.strips_of(apart.norm(dim=1))
+                hits.append(Found(person_of(t), frames_for(t, size, 3), distance[q, g],
+                                  bool(match[q, g]), strips))
+            title = f"{direction}: {person_of(asked)}"
+            rows.append(Row(title, frames_for(asked, size, 3), hits))
+    return draw_ranking(rows)
+
+
+@torch.inference_mode()
+def sheet(model, dataset, size, is_home):
+    """Two people by night and by day as the model sees them (silhouettes and codes) or reads them
+    (LSMRL) -> PIL image, or None. is_home: was the model trained on this dataset?"""
+    by_pid = {}
+    for t in dataset.test or dataset.train:
+        by_pid.setdefault(t.pid, {}).setdefault(t.modality, t)
+    people = evenly([own for own in by_pid.values() if len(own) == 2], 2)
+    seen, readings = [], []
+    for t in (own[modality] for own in people for modality in ("infrared", "visible")):
+        title, frames = f"{t.modality} {person_of(t)}", frames_for(t, size, 4)
+        normalised = normalise(frames.to(model.device))
+        if model.sasgl is not None:
+            codes, _ = model.eval().sasgl.encode(normalised)
+            masks = true_masks(dataset.root, evenly(t.frames, 4), size)
+            overlap = None if masks is None else iou(codes.silhouette, masks)
+            seen.append(Seen(title, frames, *codes[1:], masks, overlap))
+        reading = model.reading(normalised[None])
+        if reading is not None:
+            look, reads = (None if x is None else x[0] for x in reading)
+            readings.append(Reading(title, frames, look, sentences(dataset, reads, size, is_home)))
+    if seen:
+        return draw_silhouettes(seen)
+    return draw_reading(readings) if readings else None
+
+
+def sentences(dataset, reads, size, is_home):
+    """The shares of the sentences (classes,), or None -> the four that are read most: (caption, a
+    frame of that training identity)."""
+    found = []
+    for share, label in zip(*reads.topk(min(4, len(reads))), strict=True) if reads is not None else ():
+        name, face = f"identity {label}", None
+        if is_home:
+            name = dataset.classes[label]
+            of_day = [t for t in dataset.train if t.pid == name and t.modality == "visible"]
+            face = read_frame(of_day[0].frames[len(of_day[0].frames) // 2], size)
+        found.append((f"{share:.1%} {name}", face))
+    return found
+
+
+def draw_run(folder, model, dataset, size, log, head):
+    """sees.png and curves.png of a run's folder."""
+    drawn = {"sees": sheet(model, dataset, size, "trained_on" not in head)}
+    if log:
+        drawn["curves"] = draw_curves(log, f"{head['method']} on {dataset.name}")
+    for name, image in drawn.items():
+        if image:
+            write_picture(os.path.join(folder, f"{name}.png"), image)

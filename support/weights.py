@@ -11,8 +11,10 @@ random. The network runs, the loss falls, the results are a little worse: nobody
 import hashlib
 import os
 from dataclasses import asdict
+from types import SimpleNamespace
 
 from support.files import UserError, in_short, read_log, write_atomic, write_log
+from support.options import add_options, early, fill, load_method
 from support.parallel import processes, random_states, restore_random_states
 
 import torch
@@ -66,15 +68,17 @@ def without_frozen(model):
             if not name.startswith(prefixes)}
 
 
+def digest(module):
+    """64 hex digits of a network's tensors: the same for the same tensors."""
+    found = hashlib.sha256()
+    for tensor in module.state_dict().values():
+        found.update(tensor.cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
 def digests(model):
-    """{name of a frozen network: 64 hex digits of its tensors}, the same for the same tensors."""
-    found = {}
-    for name in model.frozen:
-        digest = hashlib.sha256()
-        for tensor in model.get_submodule(name).state_dict().values():
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
-        found[name] = digest.hexdigest()
-    return found
+    """{name of a frozen network: its digest}."""
+    return {name: digest(model.get_submodule(name)) for name in model.frozen}
 
 
 def read_checkpoint(path):
@@ -117,13 +121,13 @@ def method_of(checkpoint, given):
     return given or stored
 
 
-def save(run, log, model, optimizer, scaler, device, dataset, config, options):
+def save(run, log, model, optimizer, scaler, dataset, config, options):
     """Write log.jsonl, then last.pt: all that an exact resume needs, after len(log) whole epochs.
     All processes come here; process 0 writes."""
     checkpoint = {
         "model": without_frozen(model), "frozen": digests(model),
         "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "epoch": len(log),
-        "random": random_states(device), "config": asdict(config), "options": asdict(options),
+        "random": random_states(model.device), "config": asdict(config), "options": asdict(options),
         "method": config.method, "classes": dataset.classes, "dataset": dataset.name}
     if processes()[0] == 0:
         # The log first: a surplus line is dropped on resuming, a missing one would be lost.
@@ -148,3 +152,49 @@ def restore(checkpoint, run, config, dataset, optimizer, scaler, device):
         scaler.load_state_dict(checkpoint["scaler"])
     restore_random_states(checkpoint["random"], device)
     return read_log(run, checkpoint["epoch"])
+
+
+# ------------------------------------------------- a run, to be evaluated ----
+
+def add_run_options(parser):
+    """--checkpoint, and what can take the place of the run's own values: of its data, and of its
+    method's options."""
+    parser.add_argument("--checkpoint", metavar="RUN", help="a run's folder, its last.pt, or the "
+                        "folder of the authors' three files")
+    group = parser.add_argument_group("in place of the run's own values (see train.py --help)")
+    for name in ("data", "reader", "frame-rule", "device", "method"):
+        group.add_argument(f"--{name}", metavar="NAME")
+    for name in ("frames", "test-frames", "workers", "test-batch"):
+        group.add_argument(f"--{name}", metavar="N", type=int)
+    first = early(None, "checkpoint", "method")
+    if first["checkpoint"] and not is_release(first["checkpoint"]):
+        checkpoint = read_checkpoint(first["checkpoint"])
+        method = load_method(method_of(checkpoint, first["method"]))
+        add_options(parser, method.Options, checkpoint["options"])
+
+
+def is_release(path):
+    return os.path.isfile(os.path.join(path, "best_model.pth"))
+
+
+def load_run(path, given=None):
+    """A run's folder, its last.pt, or the folder of the authors' three files -> model in eval mode,
+    its config (a namespace), {"method", "dataset", "classes", ...}. given: {option: value} in place
+    of the run's own. Raises UserError."""
+    given = given or {}
+    if not path:
+        raise UserError("no run; expected --checkpoint RUN; see --help")
+    if is_release(path):
+        model, config = load_method("dinogrl").released(path)
+        checkpoint = {"method": "dinogrl", "dataset": "", "classes": []}
+    else:
+        checkpoint = read_checkpoint(path)
+        method = load_method(method_of(checkpoint, given.get("method", "")))
+        config = dict(checkpoint["config"])
+        options = fill(method.Options, checkpoint["options"] | given)
+        model = rebuild(method, options, config["size"], checkpoint, path)
+    config |= {name: given[name] for name in config if name in given}
+    if config["reader"] and "reader" not in given:
+        raise UserError(f"the run's --reader {config['reader']} is your own code; expected --reader "
+                        'FILE.py:FUNCTION, or --reader "" for a dataset that needs none')
+    return model.eval(), SimpleNamespace(**config), checkpoint

@@ -1,235 +1,105 @@
-"""Distances, ranks and metrics, and evaluate.py's use of them: golden values by hand, parity with a
-plain loop, and what must change nothing.
-
-"Defect n" is the n-th of the list of what existing evaluators get wrong: 1 samples dropped, 2
-fixed sizes and batches of one, 6 trapezoid average precision and lucky ties, 7 `cmc[19]` on small
-galleries and ragged rows, 8 features extracted twice.
-"""
+"""Distances, scores and re-ranking: by hand, against plain loops, and what must change nothing."""
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
-from data import load_dataset, normalise
-from evaluate import evaluate, table
+from data import Tracklet, load_dataset, normalise
+from evaluate import RANKS, clips, distances, embed_tracklets, evaluate, labels_of, rerank, score
 from layouts import tracks, write_hitsz
 from support.files import UserError
 from support.footage import read_frame
-from support.ranking import Labels, as_integers, distances, score
+from support.method import Method
 
 import numpy as np
 import pytest
 import torch
 
-RANKS = (1, 5, 10, 20)
-NAN, INF = math.nan, math.inf
+# ---------------------------------------------------------------- scores ----
+
+def one_query(ranking):
+    """The gallery by distance, such as "101" for hit, miss, hit."""
+    match = np.array([[letter == "1" for letter in ranking]])
+    return score(np.arange(len(ranking))[None], match, np.ones_like(match))
 
 
-def ranks_of(gallery):
-    """The results that a gallery of that size has: no rank is larger than it."""
-    return [f"rank-{r}" for r in RANKS if r <= gallery]
-
-
-def metrics(distance, query_pid, gallery_pid, query_camera=None, gallery_camera=None):
-    """score for a whole matrix (Q, G) and plain sequences. With cameras given, gallery tracklets of
-    the query's pid and camera are ignored."""
-    def integers(query, gallery):
-        both = np.concatenate([np.asarray(query), np.asarray(gallery)])
-        return as_integers(both).split([len(query), len(gallery)])
-
-    query_pid, gallery_pid = integers(query_pid, gallery_pid)
-    if query_camera is not None:
-        query_camera, gallery_camera = integers(query_camera, gallery_camera)
-    query, gallery = Labels(query_pid, query_camera), Labels(gallery_pid, gallery_camera)
-    return score(lambda rows: distance[rows], query, gallery)
-
-
-def values(result, *names):
-    return [result[name] for name in names]
-
-
-def one_query(ranking, **cameras):
-    """A query of identity 1, a gallery in order of distance, such as "101" for hit, miss, hit."""
-    distance = torch.arange(len(ranking)).float()[None]
-    gallery_pid = [1 if letter == "1" else 2 for letter in ranking]
-    return metrics(distance, [1], gallery_pid, **cameras)
-
-
-def plain_metrics(distance, query_pid, gallery_pid, query_camera=None, gallery_camera=None):
-    """The definition, one query at a time: rank by distance, wrong ones first among equals, the
-    ignored left out."""
-    gallery = distance.shape[1]
-    names = [*ranks_of(gallery), "mAP", "mINP"]
-    found = []
-    for q, row in enumerate(distance.tolist()):
-        ranking = []
-        for g, d in enumerate(row):
-            match = gallery_pid[g] == query_pid[q]
-            ignored = query_camera is not None and match and gallery_camera[g] == query_camera[q]
-            if not ignored:
-                ranking.append((d, match))
-        ranking.sort()
-        hits = [place for place, (_, match) in enumerate(ranking, start=1) if match]
-        if hits:
-            reached = [hits[0] <= r for r in RANKS if r <= gallery]
-            AP = np.mean([n / place for n, place in enumerate(hits, start=1)])
-            found.append([*reached, AP, len(hits) / hits[-1]])
-    means = np.mean(found, axis=0)
-    return {**dict(zip(names, means, strict=True)), "queries": len(found), "gallery": gallery}
-
-
-def crowd(seed, queries=37, gallery=61, pids=9, levels=25):
-    """Random distances on few levels, so with many ties, pids and cameras -> arguments of metrics;
-    pid 99 has no match."""
-    rng = np.random.default_rng(seed)
-    distance = rng.integers(0, levels, (queries, gallery)) / 8
-    query_pid = rng.integers(1, pids, queries).tolist()
-    query_pid[5] = 99
-    cameras = [[f"D{camera}" for camera in rng.integers(1, 4, n)] for n in (queries, gallery)]
-    gallery_pid = rng.integers(1, pids, gallery).tolist()
-    return [torch.as_tensor(distance, dtype=torch.float32), query_pid, gallery_pid, *cameras]
-
-
-# --------------------------------------------------------------- by hand ----
-
-@pytest.mark.parametrize("ranking, rank1, rank5, AP, INP", [
-    ("101", 1, None, 5 / 6, 2 / 3),    # trapezoids would give 0.79 (defect 6)
-    ("1", 1, None, 1, 1),
-    ("01", 0, None, 1 / 2, 1 / 2),
-    ("110", 1, None, 1, 1),
-    ("000001", 0, 0, 1 / 6, 1 / 6),
-    ("0110", 0, None, (1 / 2 + 2 / 3) / 2, 2 / 3),
-    ("10001", 1, 1, (1 + 2 / 5) / 2, 2 / 5)])
-def test_one_query_by_hand(ranking, rank1, rank5, AP, INP):
-    """Average precision is the mean of precision at each hit; a gallery of four has no rank-5
-    (defect 7)."""
+@pytest.mark.parametrize("ranking, rank_1, AP, INP", [
+    ("101", 1, 5 / 6, 2 / 3), ("01", 0, 1 / 2, 1 / 2), ("0110", 0, 7 / 12, 2 / 3)])
+def test_one_query_by_hand(ranking, rank_1, AP, INP):
     result = one_query(ranking)
-    expected = {"rank-1": rank1, "mAP": AP, "mINP": INP, "queries": 1, "gallery": len(ranking)}
-    if rank5 is not None:
-        expected["rank-5"] = rank5
-    assert result == pytest.approx(expected, abs=1e-6)
+    found = result["rank-1"], result["mAP"], result["mINP"]
+    assert found == pytest.approx((rank_1, AP, INP))
 
 
-@pytest.mark.parametrize("place, reached", [
-    (1, "1111"), (2, "0111"), (5, "0111"), (6, "0011"), (10, "0011"), (11, "0001"), (20, "0001"),
-    (21, "0000")])
-def test_rank_k_counts_the_first_k(place, reached):
-    """The hit at place k counts for rank-k and not for rank-(k-1); every size has its ranks."""
-    for misses in (5, 25):
-        result = one_query("0" * (place - 1) + "1" + "0" * misses)
-        expected = {f"rank-{r}": float(c) for r, c in zip(RANKS, reached, strict=True)}
-        there = ranks_of(place + misses)
-        assert values(result, *there) == values(expected, *there)
-        assert not [name for name in expected if name in result and name not in there]
+def test_rank_k_counts_the_first_k_of_galleries_of_at_least_k():
+    small, large = one_query("000001" + "0" * 13), one_query("000001" + "0" * 14)
+    assert (small["rank-1"], small["rank-5"], small["rank-10"]) == (0, 0, 1)
+    assert "rank-20" not in small and large["rank-20"] == 1
 
 
-def test_tie_counts_against_the_query():
-    """Defect 6: wrong, right at equal distance is a miss whichever stands first; so is a tie
-    further down."""
-    for gallery_pid in [1, 2], [2, 1]:
-        result = metrics(torch.ones(1, 2), [1], gallery_pid)
-        assert values(result, "rank-1", "mAP", "mINP") == [0, 0.5, 0.5]
-    for gallery_pid in [1, 2, 1, 3], [1, 1, 3, 2], [1, 3, 2, 1]:
-        result = metrics(torch.tensor([[0.0, 0.5, 0.5, 0.5]]), [1], gallery_pid)
-        expected = [1, (1 + 2 / 4) / 2, 2 / 4]
-        assert values(result, "rank-1", "mAP", "mINP") == pytest.approx(expected)
-    among_matches = metrics(torch.ones(1, 3), [1], [1, 1, 1])
-    assert among_matches["mAP"] == 1    # harms no one
+def plain_score(distance, match, valid):
+    """The definition, one query at a time: by distance, of equal ones the wrong ones first."""
+    found, G = [], distance.shape[1]
+    for q, row in enumerate(distance.tolist()):
+        ranking = sorted((d, match[q, g]) for g, d in enumerate(row) if valid[q, g])
+        hits = [place for place, (_, is_hit) in enumerate(ranking, start=1) if is_hit]
+        if hits:
+            AP = np.mean([n / place for n, place in enumerate(hits, start=1)])
+            found.append([hits[0], AP, len(hits) / hits[-1]])
+    first, AP, INP = np.transpose(found)
+    ranks = {f"rank-{r}": np.mean(first <= r) for r in RANKS if r <= G}
+    means = {"mAP": AP.mean(), "mINP": INP.mean()}
+    return ranks | means | {"queries": len(found), "gallery": G}
 
 
-def test_same_identity_and_camera_is_ignored():
-    """Such an item is neither hit nor miss; the same camera alone, or the same identity alone, is
-    not ignored."""
-    camera = {"query_camera": ["D1"]}
-    ignored = one_query("1101", **camera, gallery_camera=["D1", "D2", "D1", "D3"])
-    assert values(ignored, "rank-1", "mAP", "mINP") == pytest.approx([1, 5 / 6, 2 / 3])
-    ignored = one_query("101", **camera, gallery_camera=["D1", "D1", "D2"])
-    assert values(ignored, "rank-1", "mAP", "mINP") == pytest.approx([0, 1 / 2, 1 / 2])
-    assert ignored["gallery"] == 3
-    assert one_query("101")["mAP"] == pytest.approx(5 / 6)
+def crowd(seed, Q=8):
+    """A random case with many ties; some right ones do not count, some queries have no answer."""
+    rng = np.random.default_rng(seed)
+    G = rng.integers(2, 40)
+    distance = rng.integers(0, rng.choice([2, 5, 1000]), (Q, G)) / 8
+    match = rng.random((Q, G)) < 0.2
+    valid = ~match | (rng.random((Q, G)) < 0.6)
+    match[0, 0] = valid[0, 0] = True    # one query has an answer
+    return distance, match, valid
 
 
-def test_queries_without_a_match_are_left_out_and_counted_so():
-    """Query 2 has no match at all, query 3 only an ignored one: the means are over query 1."""
-    distance = torch.tensor([[1.0, 2.0]] * 3)
-    result = metrics(distance, [1, 9, 2], [2, 1], ["D1", "D1", "D2"], ["D2", "D2"])
-    assert result == {"rank-1": 0, "mAP": 0.5, "mINP": 0.5, "queries": 1, "gallery": 2}
-    with pytest.raises(UserError):
-        metrics(torch.rand(2, 3), [1, 2], [3, 4, 5])
-    with pytest.raises(UserError):
-        metrics(torch.rand(1, 2), [1], [1, 2], ["D1"], ["D1", "D1"])
+def test_score_equals_the_plain_loop():
+    for seed in range(200):
+        case = crowd(seed)
+        assert score(*case) == pytest.approx(plain_score(*case)), seed
+    case = crowd(0, Q=700)    # more queries than a block
+    assert score(*case) == pytest.approx(plain_score(*case))
 
 
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
-def test_non_finite_distances_are_refused(value):
-    """One is enough, wherever it is: a diverged model gets an error and no score."""
-    for place in (0, 0), (2, 3):
-        distance = torch.rand(3, 4)
-        distance[place] = value
-        with pytest.raises(UserError):
-            metrics(distance, [1, 2, 3], [1, 2, 3, 4])
+def test_the_order_of_the_gallery_changes_nothing():
+    for seed in range(50):
+        case = crowd(seed)
+        order = np.random.default_rng(seed).permutation(case[0].shape[1])
+        found = score(*(array[:, order] for array in case))
+        assert found == pytest.approx(score(*case))
 
 
-# ---------------------------------------------------- parity, invariance ----
-
-@pytest.mark.parametrize("seed, sizes", [
-    (0, {}),
-    (1, {"levels": 2}),
-    (2, {"levels": 10**6}),
-    (3, {"gallery": 7, "pids": 3}),
-    (4, {"queries": 6, "gallery": 1, "pids": 2}),
-    (5, {"queries": 150, "gallery": 400, "pids": 40}),
-    (6, {"queries": 2100, "gallery": 20})])
-@pytest.mark.parametrize("ignore", [False, True])
-def test_equals_the_plain_loop(seed, sizes, ignore):
-    """Ties, ignored items (so rows of unequal length, defect 7), queries without a match, any size
-    (defect 2)."""
-    arguments = crowd(seed, **sizes)
-    if not ignore:
-        arguments = arguments[:3]
-    elif sizes.get("gallery") == 1:
-        arguments[4] = ["D9"]    # else its one item is ignored for some and nothing is left
-    assert metrics(*arguments) == pytest.approx(plain_metrics(*arguments), abs=1e-6)
+def test_a_tie_counts_against_the_query():
+    right = np.array([[True, False], [False, True]])    # whichever stands first
+    result = score(np.ones((2, 2)), right, np.ones_like(right))
+    assert (result["rank-1"], result["mAP"], result["mINP"]) == (0, 0.5, 0.5)
 
 
-def test_order_of_gallery_and_queries_changes_nothing():
-    """With ties in every row, for five shuffles of both."""
-    arguments = crowd(0)
-    distance, query_pid, gallery_pid, query_camera, gallery_camera = map(np.asarray, arguments)
-    expected = metrics(*arguments)
-    assert 0 < expected["mAP"] < 1
-    for seed in range(5):
-        q, g = (np.random.default_rng(seed).permutation(n) for n in distance.shape)
-        shuffled = torch.from_numpy(distance[q][:, g])
-        cameras = query_camera[q], gallery_camera[g]
-        found = metrics(shuffled, query_pid[q], gallery_pid[g], *cameras)
-        assert found == pytest.approx(expected, abs=1e-6)
-
-
-def test_any_sequences_and_no_side_effects():
-    """Lists, tuples, arrays and tensors of pids and cameras, numbers or names; the distances stay
-    as they were."""
-    arguments = crowd(0)
-    expected, before = metrics(*arguments), arguments[0].clone()
-    numbers = [[int(camera[1:]) for camera in cameras] for cameras in arguments[3:]]
-    for kind in tuple, np.array, torch.tensor:
-        pids_and_cameras = map(kind, arguments[1:3] + numbers)
-        assert metrics(arguments[0], *pids_and_cameras) == expected
-    assert metrics(arguments[0], *map(np.array, arguments[1:])) == expected
-    assert torch.equal(arguments[0], before)
-
-
-@pytest.mark.parametrize("sizes", [(5, 30), (37, 61), (300, 700)])
-def test_constant_features_score_as_badly_as_possible(sizes):
-    """Defect 6, from features to scores: every wrong item ranks before every right one, in any
-    order of the gallery."""
-    queries, gallery = sizes
-    features = torch.linspace(-1.7, 2.3, 2 * 24).view(1, 2, 24)
-    distance = distances(features.repeat(queries, 1, 1), features.repeat(gallery, 1, 1))
-    gallery_pid = sorted(i % 5 for i in range(gallery))    # the matches of identity 0 come first
-    result, n = metrics(distance, [0] * queries, gallery_pid), gallery_pid.count(0)
-    worst = np.mean([k / (gallery - n + k) for k in range(1, n + 1)])
+def test_constant_features_score_as_badly_as_possible():
+    same = torch.full((300, 2, 24), 1.7)
+    distance = distances(same, same[:40]).numpy()
+    right = np.tile(np.arange(40) < 2, (300, 1))    # the first two
+    result = score(distance, right, np.ones_like(right))
     assert result["rank-1"] == 0
-    assert result["mINP"] == pytest.approx(n / gallery)
-    assert result["mAP"] == pytest.approx(worst, abs=1e-6)
+    assert result["mAP"] == pytest.approx((1 / 39 + 2 / 40) / 2)
+    assert result["mINP"] == pytest.approx(2 / 40)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_distance_that_is_not_finite_is_refused(value):
+    distance = np.ones((3, 4))
+    distance[2, 3] = value
+    with pytest.raises(UserError):
+        score(distance, np.eye(3, 4) > 0, np.ones((3, 4), bool))
 
 
 # ------------------------------------------------------------- distances ----
@@ -238,140 +108,153 @@ def features(n, parts, dim, seed):
     return torch.randn(n, parts, dim, generator=torch.Generator().manual_seed(seed))
 
 
-def test_distance_by_hand():
-    """Mean over parts of the Euclidean distance: (5 + 13) / 2, not the distance of the
-    concatenation."""
-    gallery = torch.tensor([[[3.0, 4.0], [5.0, 12.0]], [[0.0, 0.0], [0.0, 1.0]]])
-    assert distances(torch.zeros(1, 2, 2), gallery).tolist() == [[9.0, 0.5]]
-
-
 def plain_distances(query, gallery):
-    """(Q, P, D), (G, P, D) -> (Q, G), in float64."""
-    difference = query[:, None].double() - gallery[None].double()
-    return difference.norm(dim=-1).mean(-1)
+    return (query[:, None].double() - gallery[None].double()).norm(dim=-1).mean(-1)
 
 
-@pytest.mark.parametrize("Q, G, P, D", [
-    (1, 1, 1, 1), (1, 26, 3, 8), (30, 1, 2, 5), (26, 40, 70, 4), (700, 900, 2, 8), (3, 2000, 5, 4)])
+def test_a_distance_by_hand():
+    """The mean over parts, not the distance of the concatenation; of streams, over all parts."""
+    gallery = torch.tensor([[[3.0, 4.0], [5.0, 12.0]], [[0.0, 0.0], [0.0, 1.0]]])
+    query = torch.zeros(1, 2, 2)
+    assert distances(query, gallery).tolist() == [[(5 + 13) / 2, 1 / 2]]
+    other = torch.tensor([[[2.0, 2.0, 1.0]], [[0.0, 0.0, 6.0]]])
+    queries = {"a": query, "b": torch.zeros(1, 1, 3)}
+    found = distances(queries, {"a": gallery, "b": other})
+    assert found.tolist() == [pytest.approx([(5 + 13 + 3) / 3, (0 + 1 + 6) / 3])]
+
+
+@pytest.mark.parametrize("Q, G, P, D", [(1, 26, 3, 1), (26, 40, 70, 4), (600, 300, 2, 8)])
 def test_distances_equal_a_plain_loop(Q, G, P, D):
-    """Any sizes (defect 2), whatever is computed at a time; the two arguments stay as they were."""
+    """Far from 0 as well, where |a|^2 + |b|^2 - 2ab would lose its digits."""
     query, gallery = features(Q, P, D, 0), features(G, P, D, 1)
-    copies = query.clone(), gallery.clone()
-    found = distances(query, gallery)
-    expected = plain_distances(query, gallery)
-    assert found.shape == (Q, G) and found.dtype == torch.float32
-    assert torch.allclose(found.double(), expected, rtol=1e-4, atol=1e-5)
-    assert torch.equal(query, copies[0]) and torch.equal(gallery, copies[1])
+    for shift in 0, 100:
+        found = distances(query + shift, gallery + shift).double()
+        assert torch.allclose(found, plain_distances(query, gallery), rtol=1e-3, atol=1e-4)
 
 
-def test_the_distance_is_that_of_the_streams_weighted_by_their_parts():
-    query, gallery = features(26, 7, 4, 0), features(40, 7, 4, 1)
-    first = distances(query[:, :2], gallery[:, :2])
-    second = distances(query[:, 2:], gallery[:, 2:])
-    both = distances(query, gallery)
-    assert torch.allclose(both, (2 * first + 5 * second) / 7, rtol=1e-5)
-    assert not torch.allclose(both, (first + second) / 2, rtol=1e-5)
+# ------------------------------------------------------------ re-ranking ----
+
+def literal_rerank(distance, Q, k1=20, k2=6, weight=0.3):
+    """The paper's sets and sums, one after the other, in float64."""
+    d = (distance.astype(np.float64) / distance.max(1, keepdims=True)) ** 2
+    nearest, N = d.argsort(1), len(d)
+
+    def R(i, k):
+        return {j for j in nearest[i, :k + 1] if i in nearest[j, :k + 1]}
+
+    V = np.zeros((N, N))
+    for i in range(N):
+        near = wide = R(i, k1)
+        for j in near:
+            half = R(j, round(k1 / 2))
+            if len(half & near) > 2 / 3 * len(half):
+                wide = wide | half
+        for j in wide:
+            V[i, j] = np.exp(-d[i, j])
+        V[i] /= V[i].sum()
+    V = np.stack([V[nearest[i, :k2]].mean(0) for i in range(N)])
+    query, gallery = V[:Q, None], V[None, Q:]
+    jaccard = 1 - np.minimum(query, gallery).sum(2) / np.maximum(query, gallery).sum(2)
+    return (1 - weight) * jaccard + weight * d[:Q, Q:]
 
 
-@pytest.mark.parametrize("n", [1, 7, 25])
-def test_identical_features_are_at_distance_0(n):
-    """Exactly 0 for few rows, and far rows stay far; features of usual size."""
-    same = features(n, 3, 256, 0) * 5 + 2
-    found = distances(same, same.clone())
-    others = ~torch.eye(n, dtype=torch.bool)
-    assert (found.diagonal() == 0).all() and (found[others] > 10).all()
+def test_rerank_by_hand():
+    """On a line, the query at 0, the gallery at 1, 10 and 12. With k1 = 1 there are two pairs."""
+    places = np.array([0, 1, 10, 12], np.float32)
+    a, b = np.exp(-1 / 144), np.exp(-1 / 121)    # the neighbour's weight, seen from 0 and from 1
+    common = b / (1 + b) + a / (1 + a)
+    first = 0.7 * (1 - common / (2 - common)) + 0.3 / 144
+    found = rerank(abs(places[:, None] - places), 1, k1=1, k2=1)
+    assert np.allclose(found, [[first, 0.7 + 0.3 * 100 / 144, 1]], atol=1e-5)
 
 
-@pytest.mark.parametrize("Q, G", [(20, 22), (150, 260)])
-def test_a_shift_of_all_features_changes_nothing(Q, G):
-    """|a|^2 + |b|^2 - 2ab loses its digits when features lie far from 0; ours must not."""
-    query, gallery = features(Q, 2, 64, 0), features(G, 2, 64, 1)
-    shift = 30 * features(1, 2, 64, 2)
-    shifted = distances(query + shift, gallery + shift)
-    assert torch.allclose(shifted, distances(query, gallery), rtol=1e-4, atol=0)
-
-
-def test_close_neighbours_keep_their_order():
-    """Among 300 rows, copies moved by 0.01 and by 0.02 are found first and second."""
-    query = features(300, 2, 64, 0)
-    step = torch.nn.functional.normalize(features(300, 2, 64, 1), dim=-1)
-    found = distances(query, torch.cat([query + 0.02 * step, query + 0.01 * step]))
-    nearest = found.topk(2, largest=False).indices
-    expected = torch.stack([torch.arange(300) + 300, torch.arange(300)], dim=1)
-    assert torch.equal(nearest, expected)
+@pytest.mark.parametrize("Q, G, options", [
+    (25, 75, {}), (1, 1, {}), (4, 9, {}), (8, 40, {"k1": 1000}),
+    (7, 33, {"k1": 5, "k2": 2, "weight": 0.5}), (12, 50, {"k1": 11, "k2": 1})])
+def test_rerank_equals_the_literal_loops(Q, G, options):
+    people = 2 * features(7, 1, 4, seed=0)
+    points = people[torch.arange(Q + G) % 7] + features(Q + G, 1, 4, seed=1)
+    distance = distances(points, points).numpy()
+    found = rerank(distance, Q, **options)
+    assert np.allclose(found, literal_rerank(distance, Q, **options), atol=1e-5)
 
 
 # ------------------------------------------------------------ evaluation ----
 
-class Averages(torch.nn.Module):
-    """A model whose embedding is known: mean and deviation of each channel, (B, 2, 3)."""
+CONFIG = SimpleNamespace(size=(32, 16), frames=2, test_frames=0, frame_rule="", test_batch=13,
+                         workers=0)
+
+
+class Averages(Method):
+    """A method whose embedding is known: mean and deviation of each channel, (B, 2, 3)."""
 
     def __init__(self):
         super().__init__()
-        self.seen = []
+        self.unused, self.seen = torch.nn.Parameter(torch.zeros(1)), []
 
     def embed(self, frames, modality):
         self.seen += modality.tolist()
         return torch.stack([frames.mean((1, 3, 4)), frames.std((1, 3, 4))], dim=1)
 
-
-class Named(Averages):
-    """The same with two streams."""
-
     def streams_of(self, embeddings):
         return {"mean": embeddings[:, :1], "deviation": embeddings[:, 1:]}
+
+
+class Apart(Averages):
+    """The same as {stream: tensor}."""
+
+    def embed(self, frames, modality):
+        return Averages.streams_of(self, super().embed(frames, modality))
+
+    streams_of = Method.streams_of
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     root = tmp_path_factory.mktemp("small")
-    train, test = tracks((1, 2), each=1), tracks((21, 22, 23, 24, 25))
-    return load_dataset(write_hitsz(root, train=train, test=test))
+    return load_dataset(write_hitsz(root, train=tracks((1, 2), each=1), test=tracks(range(21, 26))))
 
 
-@pytest.mark.parametrize("batch", [8, 13, 64])
-def test_each_tracklet_is_embedded_once_for_both_directions(small, batch):
-    """Defects 1, 2 and 8: 40 tracklets in batches of 8 (none left over), of 13 (a last one of one),
-    of 64 (all at once)."""
-    size = (32, 16)
-    config = SimpleNamespace(size=size, frames=2, test_frames=0, frame_rule="",
-                             test_batch=batch, workers=0)
-    model = Averages()
-    results, embeddings, _ = evaluate(model, small, config, torch.device("cpu"))
+@pytest.mark.parametrize("method", [Averages, Apart])
+def test_one_embedding_of_each_tracklet_serves_both_directions_and_each_stream(method, small):
+    model = method()
+    results, _, _ = evaluate(model, small, CONFIG)
     assert model.seen == [int(t.modality == "infrared") for t in small.test]
-    frames = [torch.stack([read_frame(t.frames[i], size) for i in (0, 6)]) for t in small.test]
-    expected = Averages().embed(normalise(torch.stack(frames)), torch.zeros(40))
-    assert torch.allclose(embeddings, expected, atol=1e-5)
-    for direction, scores in plain_scores(small, expected).items():
-        assert results["directions"][direction] == pytest.approx(scores, abs=1e-6)
+    frames = [[read_frame(t.frames[i], (32, 16)) for i in (0, 6)] for t in small.test]
+    frames = normalise(torch.stack([torch.stack(own) for own in frames]))
+    wanted = Averages().embed(frames, torch.zeros(len(frames)))
+    for direction, (query, gallery) in small.directions.items():
+        for stream, parts in (None, [0, 1]), ("mean", [0]), ("deviation", [1]):
+            found = results["streams"][stream] if stream else results["directions"]
+            distance = plain_distances(wanted[query][:, parts], wanted[gallery][:, parts])
+            expected = plain_score(distance, *labels_of(small, direction))
+            assert found[direction] == pytest.approx(expected, abs=1e-6)
 
 
-def plain_scores(dataset, embeddings):
-    """{direction: its results} of plain_metrics."""
-    scores = {}
-    for direction, (query, gallery) in dataset.directions.items():
-        distance = plain_distances(embeddings[query], embeddings[gallery])
-        pids = [[dataset.test[i].pid for i in side] for side in (query, gallery)]
-        cameras = [[dataset.test[i].camera for i in side] for side in (query, gallery)]
-        scores[direction] = plain_metrics(distance, *pids, *cameras)
-    return scores
+def test_the_same_person_before_the_same_camera_counts_unless_the_dataset_says_no(small):
+    direction = "visible->infrared"
+    match, valid = labels_of(small, direction)
+    queries, gallery = ([small.test[i] for i in side] for side in small.directions[direction])
+    for q, t in enumerate(queries):
+        assert match[q].tolist() == [t.pid == u.pid for u in gallery]
+        same = [t.pid == u.pid and t.camera == u.camera for u in gallery]
+        assert (~valid[q]).tolist() == same and any(same)
+    _, valid = labels_of(replace(small, ignore_same_camera=False), direction)
+    assert valid.all()
 
 
-def test_each_stream_is_ranked_alone_from_the_same_embeddings(small):
-    """Its figures are those of its parts, and nobody else's; who names no stream gets no row."""
-    config = SimpleNamespace(size=(32, 16), frames=2, test_frames=0, frame_rule="", test_batch=64,
-                             workers=0)
-    plain, _, _ = evaluate(Averages(), small, config, torch.device("cpu"))
-    model = Named()
-    results, embeddings, _ = evaluate(model, small, config, torch.device("cpu"))
-    assert len(model.seen) == len(small.test)
-    assert plain["streams"] == {} and "alone" not in table(plain)
-    assert results["directions"] == plain["directions"]
-    for part, name in enumerate(["mean", "deviation"]):
-        alone = results["streams"][name]
-        for direction, scores in plain_scores(small, embeddings[:, [part]]).items():
-            assert alone[direction] == pytest.approx(scores, abs=1e-6)
-        assert alone != results["directions"]
-    labels = [line[:20].rstrip() for line in table(results).splitlines()[1:]]
-    assert labels == ["infrared->visible", "  mean alone", "  deviation alone",
-                      "visible->infrared", "  mean alone", "  deviation alone"]
+@pytest.mark.parametrize("n, T", [(12, 6), (13, 6), (3, 6)])
+def test_clips_hold_every_frame(n, T):
+    found = [clip.frames for clip in clips(Tracklet(tuple(range(n)), 7, "D3", "infrared"), T)]
+    assert np.shape(found) == (math.ceil(n / T), T)
+    assert set(np.ravel(found)) == set(range(n))
+
+
+def test_all_frames_is_the_mean_over_clips(small):
+    """Of 12 frames, two at a time: each frame counts once."""
+    short = replace(small.test[1], frames=small.test[1].frames[:2])
+    tracklets = [small.test[0], short]
+    found = embed_tracklets(Averages(), tracklets, CONFIG, all_frames=True)
+    for embedding, tracklet in zip(found, tracklets, strict=True):
+        frames = torch.stack([read_frame(frame, (32, 16)) for frame in tracklet.frames])
+        assert torch.allclose(embedding[0], normalise(frames).mean((0, 2, 3)), atol=1e-5)

@@ -1,0 +1,197 @@
+"""A run may stop at any moment: resumed, it ends with the bits of the run that was left alone."""
+import functools
+import json
+import os
+import resource
+import shutil
+import signal
+
+from lsmrl import LSMRL
+from scripts import (
+    OPTIONS,
+    TINY_LSMRL,
+    fails,
+    here,
+    log_of,
+    results_of,
+    run,
+    succeeds,
+    tensors_of,
+)
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def whole(walkers, tmp_path_factory):
+    """A function: method -> the folder of a run of two epochs that nobody stopped."""
+    @functools.cache
+    def trained(method):
+        folder = tmp_path_factory.mktemp("whole") / "run"
+        new = ["--data", walkers, "--run", folder, *OPTIONS[method]]
+        succeeds(here("train.py", *new, "--epochs", 2))
+        return folder
+    return trained
+
+
+@pytest.fixture
+def one_epoch(run_of, tmp_path):
+    """A function: method -> a copy of its run of one epoch, to be changed."""
+    def copied(method):
+        return shutil.copytree(run_of(method), tmp_path / "parts")
+    return copied
+
+
+def same_run(a, b):
+    """Two epochs: the same weights and optimizer, bit for bit, log and results."""
+    first, second = tensors_of(a), tensors_of(b)
+    assert first["model"].keys() == second["model"].keys()
+    for name, tensor in first["model"].items():
+        assert torch.equal(tensor, second["model"][name]), name
+    for number, state in first["optimizer"]["state"].items():
+        for name, tensor in state.items():
+            assert torch.equal(tensor, second["optimizer"]["state"][number][name]), name
+    logs = [[{**line, "seconds": 0} for line in log_of(folder)] for folder in (a, b)]
+    assert logs[0] == logs[1] and [line["epoch"] for line in logs[0]] == [1, 2]
+    assert results_of(a)["directions"] == results_of(b)["directions"]
+    assert not list(b.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_two_epochs_are_one_and_one_resumed(method, whole, one_epoch):
+    """With a loader process on one side: they change nothing."""
+    parts = one_epoch(method)
+    succeeds(here("train.py", "--resume", parts, "--epochs", 2, "--workers", 1))
+    same_run(whole(method), parts)
+
+
+KILLED = """
+import os, signal
+from lsmrl import LSMRL
+
+class Mine(LSMRL):
+    steps = 0
+
+    def forward(self, frames, modality, label):
+        self.steps += 1
+        if self.steps == 3:    # the first one of the second epoch
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(frames, modality, label)
+"""
+
+
+def test_a_run_that_is_killed_is_resumed(whole, walkers, tmp_path):
+    mine = tmp_path / "killed_by_step.py"
+    mine.write_text(KILLED)
+    words = ["--data", walkers, "--run", tmp_path / "run", *TINY_LSMRL, "--epochs", 2,
+             "--method", f"{mine}:Mine"]
+    killed = run("train.py", *words)
+    assert killed.returncode == -signal.SIGKILL and tensors_of(tmp_path / "run")["epoch"] == 1
+    # Two steps are left: it is not killed again.
+    succeeds(here("train.py", "--resume", tmp_path / "run", "--method", f"{mine}:Mine"))
+    same_run(whole("lsmrl"), tmp_path / "run")
+
+
+def test_ctrl_c_says_how_to_go_on(whole, one_epoch, monkeypatch):
+    parts, forward = one_epoch("lsmrl"), LSMRL.forward
+
+    def interrupted(*given):
+        os.kill(os.getpid(), signal.SIGINT)
+        return forward(*given)
+
+    resume = ["--resume", parts, "--epochs", 2]
+    with monkeypatch.context() as patch:
+        patch.setattr(LSMRL, "forward", interrupted)
+        result = here("train.py", *resume, "--workers", 1)
+    assert result.returncode == 130 and f"train.py --resume {parts}" in result.stderr
+    assert len(result.stderr.splitlines()) == 1 and tensors_of(parts)["epoch"] == 1
+    succeeds(here("train.py", *resume))
+    same_run(whole("lsmrl"), parts)
+
+
+def test_a_disk_that_fills_up_keeps_the_checkpoint(whole, one_epoch):
+    parts = one_epoch("lsmrl")
+    before = (parts / "last.pt").read_bytes()
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    try:
+        result = here("train.py", "--resume", parts, "--epochs", 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    fails(result, "last.pt cannot be written", "untouched")
+    assert (parts / "last.pt").read_bytes() == before and not list(parts.glob("*.tmp"))
+    # The log knows the second epoch already, the checkpoint does not.
+    assert len(log_of(parts)) == 2
+    succeeds(here("train.py", "--resume", parts, "--epochs", 2))
+    same_run(whole("lsmrl"), parts)
+
+
+def test_a_stop_at_the_last_moment_of_saving_keeps_the_checkpoint(one_epoch, monkeypatch):
+    parts, replace = one_epoch("lsmrl"), os.replace
+    before = (parts / "last.pt").read_bytes()
+
+    def stopped(source, target):
+        if os.path.basename(target) == "last.pt":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", stopped)
+    result = here("train.py", "--resume", parts, "--epochs", 2)
+    assert result.returncode == 130
+    assert (parts / "last.pt").read_bytes() == before and not list(parts.glob("*.tmp"))
+
+
+def test_an_evaluation_that_a_stop_has_cost_is_made_up_for(one_epoch):
+    parts = one_epoch("lsmrl")
+    results = results_of(parts)["directions"]
+    [line] = log_of(parts)
+    line = {key: line[key] for key in ("epoch", "lr", "losses", "shown", "seconds")}
+    (parts / "log.jsonl").write_text(json.dumps(line) + "\n")
+    (parts / "results.json").unlink()
+    succeeds(here("train.py", "--resume", parts))
+    assert results_of(parts)["directions"] == results
+    assert log_of(parts)[0]["rank-1"].keys() == results.keys()
+
+
+# --------------------------------------------------------------- refused ----
+
+def test_a_folder_that_exists_is_refused(run_of, walkers):
+    folder = run_of("lsmrl")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    new = ["--data", walkers, "--run", folder, *TINY_LSMRL]
+    fails(here("train.py", *new), folder, "--resume")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_other_identities_another_method_and_no_checkpoint_are_refused(one_epoch, tmp_path):
+    parts = one_epoch("lsmrl")
+    fails(here("train.py", "--resume", parts, "--method", "dinogrl"), "dinogrl", "lsmrl")
+    fails(here("train.py", "--resume", tmp_path / "nothing"), "nothing")
+    torch.save({**tensors_of(parts), "classes": [1, 2, 3, 5]}, parts / "last.pt")
+    fails(here("train.py", "--resume", parts, "--epochs", 2), "identities", "--data")
+
+
+# ------------------------------------------------------------ other choices ----
+
+def test_options_given_on_resuming_take_the_place_of_the_run_s(one_epoch):
+    parts = one_epoch("lsmrl")
+    words = ["--epochs", 2, "--lr", 1e-5, "--cosine", "off", "--weight-decay", 0.25]
+    succeeds(here("train.py", "--resume", parts, *words))
+    assert log_of(parts)[-1]["lr"] == pytest.approx(1e-5)
+    slow, _ = tensors_of(parts)["optimizer"]["param_groups"]
+    assert slow["weight_decay"] == 0.25
+
+
+def test_an_optimizer_of_another_kind_resumes(walkers, tmp_path, monkeypatch):
+    def sgd(groups, lr, weight_decay, fused):
+        return torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=weight_decay)
+
+    monkeypatch.setattr(torch.optim, "AdamW", sgd)
+    for folder, epochs in ("whole", 2), ("parts", 1):
+        new = ["--data", walkers, "--run", tmp_path / folder, *TINY_LSMRL]
+        succeeds(here("train.py", *new, "--epochs", epochs))
+    succeeds(here("train.py", "--resume", tmp_path / "parts", "--epochs", 2))
+    same_run(tmp_path / "whole", tmp_path / "parts")
+    [state, *_] = tensors_of(tmp_path / "parts")["optimizer"]["state"].values()
+    assert state.keys() == {"momentum_buffer"}
