@@ -21,8 +21,9 @@ files); each stream alone; re-ranking (Zhong et al., CVPR 2017); --all-frames.
 import math
 import os
 import time
+from dataclasses import replace
 
-from data import DIRECTIONS, Frames, Tracklet, chunks, load_dataset
+from data import DIRECTIONS, Frames, chunks, load_dataset
 from support import parallel, pictures
 from support.files import UserError, write_json, write_log, write_picture
 from support.footage import normalise
@@ -47,16 +48,17 @@ def per_stream(function, *embeddings):
 def clips(tracklet, T):
     """--all-frames: a tracklet of n frames -> ceil(n / T) tracklets of T frames, which together
     hold every frame. Clip j takes the j-th frame of each of T chunks: it spans the whole walk."""
-    n = len(tracklet.frames)
-    return [Tracklet(tuple(tracklet.frames[min(start + j, n - 1)] for start in chunks(n, T)),
-                     tracklet.pid, tracklet.camera, tracklet.modality)
-            for j in range(math.ceil(n / T))]
+    frames, made = tracklet.frames, []
+    for j in range(math.ceil(len(frames) / T)):
+        places = np.minimum(chunks(len(frames), T) + j, len(frames) - 1)
+        made.append(replace(tracklet, frames=tuple(frames[i] for i in places)))
+    return made
 
 
 @torch.inference_mode()
 def embed_tracklets(model, tracklets, config, rule="chunks", all_frames=False, seen=None):
     """N tracklets -> embeddings (N, parts, dim), float32 on the CPU; all_frames: the mean over
-    clips. seen: a list to which SASGL's silhouettes (B * T, h, w) of each batch are appended."""
+    clips. seen: a list to which the silhouettes of each batch, (B * T, h, w), are appended."""
     model.eval()
     T = config.test_frames or config.frames
     clips_of = [clips(t, T) if all_frames else [t] for t in tracklets]
@@ -67,19 +69,13 @@ def embed_tracklets(model, tracklets, config, rule="chunks", all_frames=False, s
         pin_memory=model.device.type == "cuda", generator=torch.Generator(),
         worker_init_fn=parallel.ignore_interrupts)
 
-    def watch(module, given, output):
-        _, codes, _ = output
-        seen.append(codes.silhouette.cpu())
-
-    is_watched = seen is not None and model.sasgl is not None
-    hook = model.sasgl.register_forward_hook(watch) if is_watched else None
     batches = []
     for frames, modality, _ in progress(loader, "embedding"):
         frames = normalise(frames.to(model.device, non_blocking=True))
         embedding = model.embed(frames, modality)
         batches.append(per_stream(lambda x: x.float().cpu(), embedding))
-    if hook:
-        hook.remove()
+        if seen is not None and model.sasgl is not None:
+            seen.append(model.sasgl.seen.silhouette.cpu())
 
     def mean_over_clips(*batches):
         of_clips = torch.cat(batches)
@@ -91,22 +87,17 @@ def embed_tracklets(model, tracklets, config, rule="chunks", all_frames=False, s
 
 # ------------------------------------------------------ distances, scores ----
 
-def distances(query, gallery, rows=256):
+def distances(query, gallery):
     """query (Q, P, D), gallery (G, P, D) -> (Q, G): mean over the P parts of the Euclidean
-    distance; of {stream: tensor}, over the parts of all streams.
-
-    One part and `rows` queries at a time: memory beside the result is small. Centred on the
-    gallery's mean first, which changes no distance and saves float32 from cancellation."""
+    distance; of {stream: tensor}, over the parts of all streams. Centred on the gallery's mean
+    first, which changes no distance and saves float32 from cancellation."""
     if isinstance(query, dict):
-        parts = {name: gallery[name].shape[1] for name in gallery}
-        return sum(n * distances(query[name], gallery[name])
-                   for name, n in parts.items()) / sum(parts.values())
-    result = torch.zeros(len(query), len(gallery), device=query.device)
-    for p, centre in enumerate(gallery.mean(0)):
-        gallery_part = gallery[:, p] - centre    # (G, D)
-        for query_part, block in zip(query[:, p].split(rows), result.split(rows), strict=True):
-            block += torch.cdist(query_part - centre, gallery_part)    # a view: adds into result
-    return result.div_(query.shape[1])
+        parts = {name: own.shape[1] for name, own in query.items()}
+        total = sum(parts[name] * distances(query[name], gallery[name]) for name in parts)
+        return total / sum(parts.values())
+    centres = gallery.mean(0)    # (P, D)
+    return sum(torch.cdist(query[:, p] - centre, gallery[:, p] - centre)
+               for p, centre in enumerate(centres)) / len(centres)
 
 
 def score(distance, match, valid):
@@ -114,16 +105,16 @@ def score(distance, match, valid):
     "mAP", "mINP", "queries", "gallery"}, fractions of 1. Queries without an answer that counts are
     left out. Raises UserError."""
     if not np.isfinite(distance).all():
-        raise UserError("the distances are not finite: the embeddings hold NaN or infinity; train "
-                        "with a lower --lr or with --precision float32")
-    answered = (match & valid).any(1)
-    first, AP, INP = np.concatenate([
-        ranked(distance[rows], match[rows], valid[rows])
-        for rows in np.array_split(np.flatnonzero(answered), 1 + len(distance) // 256)], axis=1)
-    results = {f"rank-{r}": (first <= r).mean() for r in RANKS if r <= distance.shape[1]}
-    results |= {"mAP": AP.mean(), "mINP": INP.mean()}
-    return {name: float(value) for name, value in results.items()} | {
-        "queries": int(answered.sum()), "gallery": distance.shape[1]}
+        raise UserError("the embeddings hold NaN or infinity; train with a lower --lr or with "
+                        "--precision float32")
+    answered = np.flatnonzero((match & valid).any(1))
+    blocks = np.array_split(answered, 1 + len(answered) // 256)    # memory stays small
+    first, AP, INP = np.concatenate([ranked(distance[rows], match[rows], valid[rows])
+                                     for rows in blocks], axis=1)
+    Q, G = len(answered), distance.shape[1]
+    results = {f"rank-{r}": float((first <= r).mean()) for r in RANKS if r <= G}
+    return results | {"mAP": float(AP.mean()), "mINP": float(INP.mean()), "queries": Q,
+                      "gallery": G}
 
 
 def ranked(distance, match, valid):
@@ -254,28 +245,33 @@ def report(model, dataset, config, folder, log=(), head=None, **how):
     """Evaluate and print the table; write results.json and pictures into `folder` unless it is "".
     log: the run's, whose last line gets Rank-1 and mAP; head: more for results.json; how: of
     evaluate."""
-    start, head = time.time(), head or {}
+    start, head, drawn = time.time(), head or {}, {}
     found = evaluate(model, dataset, config, **how) if dataset.test else None
     if found:
         results, ranked, embeddings = found
         seconds = sum(line["seconds"] for line in log) + time.time() - start
         results = {**head, "dataset": dataset.name, **results, "seconds": round(seconds, 1)}
         print(f"\n{table(results)}\n", flush=True)
+        drawn["ranking"] = pictures.ranked_lists(model, dataset, ranked, embeddings, config.size)
         if log:
-            log[-1] |= {key: {d: r[key] for d, r in results["directions"].items()}
-                        for key in ("rank-1", "mAP")}
-            log[-1]["streams"] = {
-                name: {"rank-1": {d: r["rank-1"] for d, r in own.items()}}
-                for name, own in results["streams"].items()}
-        if folder:
-            write_json(os.path.join(folder, "results.json"), results)
-            lists = pictures.ranked_lists(model, dataset, ranked, embeddings, config.size)
-            write_picture(os.path.join(folder, "ranking.png"), lists)
+            log[-1] |= for_the_log(results["directions"])
+            streams = results["streams"].items()
+            log[-1]["streams"] = {name: for_the_log(own) for name, own in streams}
     if folder and parallel.processes()[0] == 0:
-        pictures.draw_run(folder, model, dataset, config.size, log, head)
+        if found:
+            write_json(os.path.join(folder, "results.json"), results)
+        drawn["sees"] = pictures.sheet(model, dataset, config.size, "trained_on" not in head)
         if log:
+            drawn["curves"] = pictures.draw_curves(log, f"{head['method']} on {dataset.name}")
             write_log(folder, log)
+        for name, picture in drawn.items():
+            if picture:
+                write_picture(os.path.join(folder, f"{name}.png"), picture)
     parallel.wait_for_all()
+
+
+def for_the_log(directions):
+    return {score: {d: r[score] for d, r in directions.items()} for score in ("rank-1", "mAP")}
 
 
 def main():

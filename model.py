@@ -21,7 +21,6 @@ Ours, not the paper's: thinner and shallower ResNets and fewer strips for the of
 ablations (`gait`, `pbmge` off) as switches.
 """
 import math
-import os
 from dataclasses import dataclass
 
 from pbmge import PBMGE
@@ -30,7 +29,7 @@ from support.dinov2 import load_dinov2
 from support.files import UserError
 from support.footage import normalise
 from support.method import Method
-from support.official import load_mask_branch, load_official
+from support.official import load_mask_branch
 from support.options import option
 from support.parallel import gathered
 from support.resnet import BasicBlock, Bottleneck, Stages, Stem, load_resnet50
@@ -43,14 +42,13 @@ from torch import nn
 
 class Parts(nn.Module):
     """Maps (B, T, C, H, W) -> parts (B, P, dim): one map over time, strips from top to bottom, mean
-    + maximum of each, a linear map of its own for each. rows: the height H of the maps. Raises
-    UserError for strips that do not divide it."""
+    + maximum of each, a linear map of its own for each. rows: H. Raises UserError."""
 
     def __init__(self, *, channels, dim, strips, rows):
         super().__init__()
         if any(n < 1 or rows % n for n in strips):
             raise UserError(f"strips {strips} of maps of {rows:g} rows; expected divisors of the "
-                            "rows: change the strips, the strides or the size of frames and codes")
+                            "rows: change strips, strides, or the size of frames and codes")
         self.strips = strips
         weight = torch.empty(sum(strips), channels, dim)
         self.weight = nn.Parameter(nn.init.xavier_uniform_(weight))
@@ -113,16 +111,11 @@ def triplet_loss(parts, label, margin=0.2):
 @dataclass
 class Options:
     """DinoGRL's own choices (train.Config has those that every method has)."""
-    dinov2: str = option(
-        "dinov2_vits14", "which DINOv2; vitb14 is slower and needs a new run; tiny is small, for "
-        "trying out")
+    dinov2: str = option("dinov2_vits14", "which DINOv2; tiny is small, for trying out")
     dinov2_weights: str = option("", "local file of DINOv2's tensors, instead of the download")
-    resnet_weights: str = option(
-        "imagenet", "imagenet (download), a local file, or random (much worse)")
+    resnet_weights: str = option("imagenet", "imagenet (download), a file, or random (much worse)")
     mask_branch: str = option("", "BigGait's MaskBranch_vits14.pt; spares the warm-up")
-    mask_warmup: int = option(
-        250, "steps that train the mask bottleneck alone, before the rest may use it; after 30 "
-        "some silhouettes are inverted, after 500 they are no better (docs/weights.md)")
+    mask_warmup: int = option(250, "steps that train the mask bottleneck alone (docs/weights.md)")
     mask_lr: float = option(1e-2, "learning rate of that warm-up")
     gait: bool = option(True, "off removes the whole gait stream")
     pbmge: bool = option(True, "off removes the fusion of the streams")
@@ -130,24 +123,20 @@ class Options:
     identity_weight: float = option(1.0, "of both streams' identity losses")
     triplet_weight: float = option(1.0, "of both streams' triplet losses")
     dim: int = option(256, "numbers per part")
-    strips: tuple = option(
-        (1, 2, 4, 8, 16), "horizontal strips of each granularity, the global part first; each "
-        "divides the rows of the maps")
+    strips: tuple = option((1, 2, 4, 8, 16), "horizontal strips of each granularity, 1 first")
     width: int = option(64, "channels of both ResNets after the stem; 64 is ResNet-50")
     blocks: tuple = option((3, 4, 6, 3), "blocks of their four layers")
     strides: tuple = option((1, 2, 2, 1), "strides of the appearance ResNet's four layers")
     gait_strides: tuple = option((1, 2, 2, 1), "strides of the gait ResNet's four layers")
-    dino_size: tuple = option(
-        (448, 224), "height and width that DINOv2 sees, multiples of 14; smaller is faster and "
-        "blurs the silhouettes")
+    dino_size: tuple = option((448, 224), "what DINOv2 sees; smaller is faster and blurs")
     code_size: tuple = option((64, 32), "height and width of silhouettes and codes")
 
 
 # ---------------------------------------------------------------- streams ----
 
 class AppearanceStream(nn.Module):
-    """Frames (B, T, 3, H, W), modality (B,) -> parts (B, P, D). A stream has `parts` and a `head`
-    for `n_parts` parts: those that PBMGE appends, `refined`, are among them."""
+    """Frames (B, T, 3, H, W), modality (B,) -> parts (B, P, D), no losses of its own. A stream has
+    a `head` for `n_parts` parts; `refined` of them are appended by PBMGE."""
 
     def __init__(self, options, classes, size, refined):
         super().__init__()
@@ -162,8 +151,7 @@ class AppearanceStream(nn.Module):
 
     def forward(self, frames, modality):
         """Each modality goes through its own stem, then all through one backbone. modality: best on
-        the CPU, so that nothing waits for a GPU to count the visible tracklets. -> parts, no losses
-        of its own."""
+        the CPU, so that nothing waits for a GPU to count the visible tracklets."""
         B, T = frames.shape[:2]
         order = modality.argsort(stable=True)    # visible tracklets first
         n_visible = T * (modality == 0).sum().item()    # frames
@@ -176,8 +164,8 @@ class AppearanceStream(nn.Module):
 
 
 class GaitStream(nn.Module):
-    """Frames (B, T, 3, H, W) -> parts (B, P, D), SASGL's losses. prior: DINOv2, see SASGL. Another
-    method can use it as it is; its mask bottleneck wants a warm-up (see DinoGRL)."""
+    """Frames (B, T, 3, H, W) -> parts (B, P, D), SASGL's losses. prior: see SASGL. Another method
+    can use it as it is, with a warm-up of its mask bottleneck (see DinoGRL)."""
 
     def __init__(self, options, classes, prior, refined=0):
         super().__init__()
@@ -192,7 +180,7 @@ class GaitStream(nn.Module):
 
     def forward(self, frames, modality=None):
         """modality: not used, gait is the same in both."""
-        maps, _, losses = self.sasgl(frames)
+        maps, losses = self.sasgl(frames)
         return self.parts(maps), losses
 
     def warm_up_losses(self, frames):
@@ -242,20 +230,6 @@ class DinoGRL(Method):
         """The frozen network that SASGL sees through. Override it for another one."""
         return load_dinov2(self.options.dinov2, self.options.dinov2_weights)
 
-    @classmethod
-    def released(cls, folder):
-        """The authors' three files in a folder -> the model, its config as a dict. Raises
-        UserError."""
-        class Empty(cls):
-            def prior(self):    # best_shape.pth holds DINOv2 too
-                return load_dinov2(self.options.dinov2, pretrained=False)
-
-        torch.backends.cudnn.allow_tf32 = False    # their embeddings to float32's last digits
-        config = {"size": (256, 128), "frames": 6, "test_frames": 0, "frame_rule": "", "data": "",
-                  "reader": "", "workers": min(8, os.cpu_count() or 1), "test_batch": 32}
-        return load_official(folder, lambda classes: Empty(
-            Options(), classes, config["size"], pretrained=False)), config
-
     def parts_by_stream(self, frames, modality):
         """Frames (B, T, 3, H, W) normalised, modality (B,) 0 visible, 1 infrared -> {stream: parts
         (B, P, D)}, the streams' own losses."""
@@ -279,10 +253,12 @@ class DinoGRL(Method):
         return dict(zip(self.streams, embeddings.split(sizes, dim=1), strict=True))
 
     def strips_of(self, values):
-        """Which part of the body speaks for a match? The parts of the last granularity."""
-        last = slice(sum(self.options.strips[:-1]), sum(self.options.strips))
+        """Which part of the body speaks for a match? The parts of the narrowest strips."""
+        strips = self.options.strips
+        first = sum(strips[:strips.index(max(strips))])
         own = self.streams_of(values[None, :, None])    # {stream: (1, P, 1)}
-        return {name: own[name][0, last, 0] for name in ("gait", "appearance") if name in own}
+        return {name: own[name][0, first:first + max(strips), 0]
+                for name in ("gait", "appearance") if name in own}
 
     def losses_of(self, parts, logits, label, modality):
         """One stream's named losses, weighted. The place for a loss of your own: parts (B, P, D),
@@ -318,21 +294,19 @@ class DinoGRL(Method):
 
 
 def main():
-    """The small preset's network: its parts, its losses, and what each piece costs."""
+    """The small preset's network on a few walkers: its losses, sizes and embedding."""
     from support.options import fill
     from walkers import sample
 
     torch.manual_seed(1)
     model = DinoGRL(fill(Options, DinoGRL.small), classes=4, size=(128, 64))
     frames, modality, label = sample(people=4, T=3)
-    losses, _ = model(normalise(frames), modality, label)
-    for name, loss in losses.items():
+    for name, loss in model(normalise(frames), modality, label)[0].items():
         print(f"{name:20} {loss.item():8.4f}")
     for name, module in [*model.streams.items(), ("pbmge", model.pbmge)]:
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         print(f"{name:20} {trained:8,} parameters to train")
-    embedding = model.eval().embed(normalise(frames), modality)
-    print("embedding", tuple(embedding.shape))
+    print("embedding", tuple(model.eval().embed(normalise(frames), modality).shape))
 
 
 if __name__ == "__main__":

@@ -14,25 +14,24 @@ Semantic-aware: what is kept of a pixel is not its colour but what DINOv2's feat
         +-- appearance_branch -> appearance code (N,16,64,32), sigmoids: what is it like?
     both codes -> gait_net: two CodeStems -> AttentionFusion -> backbone -> (N,2048,16,8)
 
-The codes' names are BigGait's, from which the release takes them. "Denoising": a softmax picks one
-of 16 labels per pixel, so texture cannot pass through. The appearance code belongs to the gait
-stream; the appearance *stream*, from pixels, is in model.py.
-
 The mask bottleneck: through two softmax channels only the strongest contrast of the features can be
 reconstructed. For DINOv2 on a pedestrian crop, that is body against background.
 
+The codes' names are BigGait's. "Denoising": a softmax picks one of 16 labels per pixel, so texture
+cannot pass through. The appearance code belongs to the gait stream; the appearance *stream*, from
+pixels, is in model.py.
+
 What trains what: the mask is detached before the codes are cut out with it (in the release too). So
 mask_branch learns from its own reconstruction alone, and the re-identification losses train the
-codes' branches and the gait net. The paper's "jointly" means that the losses are summed. Until the
-mask is good, the codes are cut out of the wrong pixels: without a trained mask_branch, train.py
-first trains it alone for some steps.
+codes' branches and the gait net; the paper's "jointly" means that the losses are summed. Until the
+mask is good, codes are cut out of the wrong pixels: so train.py first trains mask_branch alone.
 
 Quick question: why detach the mask? (Otherwise identity losses would grow or shrink the silhouette
 until its errors tell identities apart.)
 
 Ours, not the paper's: that warm-up; choose_body's 5 edge rows scale with the map's height; a batch
-without two foreground pixels gives empty codes, not an error; the smoothness loss of the mask is
-not computed (see smooth_loss).
+without two foreground pixels gives empty codes; the mask's smoothness loss is not computed (see
+smooth_loss).
 """
 import math
 from typing import NamedTuple
@@ -71,10 +70,8 @@ class MaskBranch(nn.Module):
 
 
 def choose_body(mask):
-    """Soft mask (N, 2, H, W) -> (N, H, W): the channel that is the body, per frame.
-
-    A person stands in the middle of the crop: if more than half of the top and bottom 5 rows (of
-    64) belongs to channel 0, channel 0 is the background."""
+    """Soft mask (N, 2, H, W) -> (N, H, W): the channel that is the body, per frame. If more than
+    half of the top and bottom 5 rows (of 64) belongs to channel 0, that is the background."""
     H, W = mask.shape[2:]
     rows = max(1, 5 * H // 64)
     is_first = mask[:, 0].round()
@@ -85,8 +82,7 @@ def choose_body(mask):
 
 def refine_edges(body):
     """Body probability (N, H, W) -> silhouette: 1 inside, the probability on the edge, 0 outside.
-    Inside: dilated by one pixel, which closes holes, then eroded by two; the band that the erosion
-    takes is the edge."""
+    Dilated by one pixel, which closes holes, then eroded by two, which gives the edge."""
     dilated = F.max_pool2d(body.round()[:, None], 3, 1, 1)
     # max_pool2d pads with minus infinity: what is outside the image neither dilates nor erodes.
     eroded = -F.max_pool2d(-dilated, 5, 1, 2)
@@ -100,9 +96,9 @@ def smooth_loss(maps):
     closed regions are cheap. Of the denoising code all channels but the last are summed (see
     forward): the loss is the border of the last one's region, and the outline of the body.
 
-    The paper applies it to the mask too. The mask's two channels sum to 1 everywhere, so that loss
-    is constant and has no gradient: it is not computed here. (The release reads pixel-major memory
-    as channel-major there: its term has a gradient, though not the intended one.)"""
+    The paper applies it to the mask too, whose two channels sum to 1 everywhere: that loss is
+    constant, has no gradient, and is not computed here. (The release reads pixel-major memory as
+    channel-major there: its term has a gradient, though not the intended one.)"""
     sobel = SOBEL.to(maps)
     both = torch.stack([sobel, sobel.t()])[:, None]    # (2, 1, 3, 3)
     edges = F.conv2d(maps.sum(1, keepdim=True), both, padding=1)
@@ -198,32 +194,29 @@ class GaitNet(nn.Module):
 # ------------------------------------------------------------------ SASGL ----
 
 class Codes(NamedTuple):
-    """What SASGL sees in N frames: soft mask (N,2,h,w), body probability and silhouette (N,h,w),
-    the two codes (N,16,h,w)."""
-    mask: torch.Tensor
-    body: torch.Tensor
-    silhouette: torch.Tensor
-    denoising: torch.Tensor
-    appearance: torch.Tensor
+    """What SASGL sees in N frames."""
+    mask: torch.Tensor          # soft, (N, 2, h, w)
+    body: torch.Tensor          # its probability, (N, h, w)
+    silhouette: torch.Tensor    # (N, h, w)
+    denoising: torch.Tensor     # (N, 16, h, w)
+    appearance: torch.Tensor    # (N, 16, h, w)
 
 
 class SASGL(nn.Module):
-    """Frames (B, T, 3, H, W), normalised -> gait maps (B, T, C, h, w), the Codes they were read
-    from, and named losses, weighted (in training; otherwise {}).
-
-    prior: DINOv2, or anything with get_intermediate_layers, norm, embed_dim, blocks and, if it is
-    not 14, patch_size. It is frozen here. dino_size: what the prior sees; code_size: height and
-    width of mask, silhouette and codes. Raises UserError."""
+    """Frames (B, T, 3, H, W), normalised -> gait maps (B, T, C, h, w), named losses, weighted (in
+    training; otherwise {}). prior: DINOv2, or anything with
+    get_intermediate_layers, norm, embed_dim, blocks and patch_size (if it is not 14); frozen here.
+    dino_size: what it sees; code_size: of mask, silhouette and codes. Raises UserError."""
 
     def __init__(self, *, prior, backbone, width=64, channels=16, dino_size=(448, 224),
                  code_size=(64, 32)):
         super().__init__()
         patch = getattr(prior, "patch_size", 14)
         if any(side % patch for side in dino_size):
-            raise UserError(f"dino_size {dino_size}; expected multiples of {patch}, the prior's "
-                            "patch")
+            raise UserError(f"dino_size {dino_size}; expected multiples of the patch, {patch}")
         self.grid = dino_size[0] // patch, dino_size[1] // patch
         self.dino_size, self.code_size, self.channels = dino_size, code_size, channels
+        self.seen = None    # the Codes of the last forward, for pictures
         self.prior = prior.requires_grad_(False).eval()
         self.blocks = levels_of(prior)    # the last of each quarter: 2, 5, 8, 11 of 12
         self.mask_branch = MaskBranch(prior.embed_dim)
@@ -262,16 +255,15 @@ class SASGL(nn.Module):
         return mask.unflatten(0, (-1, *self.code_size)).permute(0, 3, 1, 2), losses
 
     def code_of(self, branch, pixels, where, N):
-        """Pixels (M, 4D) -> their code by `branch`, put back at `where`: (N, 16, H, W), 0
-        elsewhere. where: three index tensors (M,), of frame, row and column."""
+        """Pixels (M, 4D), `where` (three index tensors (M,)) -> code (N, 16, H, W), 0 elsewhere."""
         is_enough = len(pixels) > 1 or not self.training    # a batch norm needs two
         values = branch(pixels) if is_enough else pixels.new_zeros(len(pixels), self.channels)
         code = values.new_zeros(N, *self.code_size, self.channels)
         return code.index_put(where, values).permute(0, 3, 1, 2)
 
     def codes_of(self, mid4, silhouette):
-        """mid4 (N, h, w, 4D), silhouette (N, H, W) -> denoising and appearance code (N, 16, H, W).
-        The branches see the foreground alone: their batch norms' statistics are the body's."""
+        """mid4 (N, h, w, 4D), silhouette (N, H, W) -> both codes. The branches see the foreground
+        alone: their batch norms' statistics are the body's."""
         where = silhouette.nonzero(as_tuple=True)
         pixels = self.upsampled(mid4)[where]    # (M, 4D)
         return [self.code_of(branch, pixels, where, len(silhouette))
@@ -287,11 +279,10 @@ class SASGL(nn.Module):
         return Codes(mask, body, silhouette, denoising, appearance), losses
 
     def forward(self, frames):
-        """In training some codes are blanked before the gait net reads them, see kept_codes. The
-        losses and the Codes that are returned see every code."""
+        """In training the gait net reads codes of which some are blanked, see kept_codes."""
         B, T = frames.shape[:2]
-        codes, losses = self.encode(frames.flatten(0, 1))
-        denoising, appearance = codes.denoising, codes.appearance
+        self.seen, losses = self.encode(frames.flatten(0, 1))
+        denoising, appearance = self.seen.denoising, self.seen.appearance
         if self.training:
             with torch.autocast(frames.device.type, enabled=False):
                 # Without the last channel: the sum over all 16 would be 1 all over the body.
@@ -301,12 +292,12 @@ class SASGL(nn.Module):
             keep = kept_codes(B).repeat_interleave(T, dim=1).to(frames.device, non_blocking=True)
             denoising = denoising * keep[0, :, None, None, None]
             appearance = appearance * keep[1, :, None, None, None]
-        return self.gait_net(denoising, appearance).unflatten(0, (B, T)), codes, losses
+        return self.gait_net(denoising, appearance).unflatten(0, (B, T)), losses
 
 
 def kept_codes(B):
     """-> (2, B), for denoising and appearance: 0 where a tracklet's code is blanked, else 1. A
-    fifth of the tracklets lose one of the two, by chance: neither may be relied on alone."""
+    fifth of the tracklets lose one of the two, so that both are learned."""
     loses_one = torch.randperm(B) < round(0.2 * B)    # the first fifth, in a random order
     which = torch.randint(2, (B,))    # the code that each tracklet would lose
     keep = torch.ones(2, B)

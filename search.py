@@ -4,29 +4,50 @@
     python search.py --checkpoint RUN --query DIR --gallery SAVED        embeds the queries alone
 
     --gallery DIR -> find_footage -> embed_tracklets -> (G, parts, dim) -> SAVED/embeddings.npy
-                                                          |  a block of rows at a time
-    --query DIR -> the same -> (Q, parts, dim) -> distances -> the nearest so far -> ranked lists
+                                                               | a block of rows at a time
+    --query DIR -> the same -> (Q, parts, dim) -------> distances -> nearest -> ranked lists
 
-DIR holds a folder of frames for each tracklet (support/footage.py). Nobody's name is needed: the
-answer is a ranked list of the gallery's tracklets for each query.
+DIR holds a folder of frames for each tracklet (support/footage.py). Nobody needs to know who they
+show. From Python: load_run (support/weights.py), embed_images, see_images, distances.
 
-Quick question: does the first place show the person who was asked for? (Not always. Some tracklet
-is the nearest even if the person is not in the gallery. Look at the frames before you believe it.)
+Quick question: is the first place the person who was asked for? (Not always. Some tracklet is the
+nearest even if that person is not in the gallery. Look at the frames before you believe it.)
 """
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 from data import INFRARED, MODALITIES, VISIBLE, Tracklet
-from evaluate import distances, embed_tracklets, load_run, some_frames
+from evaluate import distances, embed_tracklets
 from support import parallel, pictures
 from support.files import UserError, read_json, write_atomic, write_json, write_picture
-from support.footage import find_footage
-from support.options import Parser, add_options, cli, early, load_method, progress, typed
-from support.weights import digest, method_of, read_checkpoint
+from support.footage import find_footage, normalise, read_frame
+from support.options import Parser, cli, progress, typed
+from support.weights import add_run_options, digest, load_run
 
 import numpy as np
 import torch
 
+# ----------------------------------------------------------- from Python ----
+
+def embed_images(model, config, tracklets, modality):
+    """tracklets: N lists of frames in order; a frame is a path, a PIL image or a uint8 array
+    (H, W, 3), RGB, or (H, W), of any size; all of one modality, "visible" or "infrared" ->
+    embeddings (N, parts, dim), float32 on the CPU; `distances` compares them."""
+    config = SimpleNamespace(**{**vars(config), "workers": 0})    # images at hand need no process
+    tracklets = [Tracklet(tuple(frames), None, None, modality) for frames in tracklets]
+    return embed_tracklets(model, tracklets, config)
+
+
+@torch.inference_mode()
+def see_images(model, config, frames):
+    """A list of frames as in embed_images -> SASGL's Codes: silhouettes and codes of each."""
+    frames = torch.stack([read_frame(frame, config.size) for frame in frames])
+    codes, _ = model.eval().sasgl.encode(normalise(frames.to(model.device)))
+    return codes
+
+
+# -------------------------------------------------------------- a search ----
 
 def nearest(query, gallery, top, rows=1024):
     """query (Q, parts, dim), gallery (G, parts, dim), an array in memory or on disk -> distances
@@ -37,103 +58,116 @@ def nearest(query, gallery, top, rows=1024):
     places = torch.empty(len(query), 0, dtype=torch.long, device=query.device)
     for start in progress(range(0, len(gallery), rows), "searching"):
         block = torch.tensor(gallery[start:start + rows], device=query.device)
-        in_block = torch.arange(start, start + len(block), device=query.device)
+        numbers = torch.arange(start, start + len(block), device=query.device)
         best = torch.cat([best, distances(query, block)], dim=1)
-        places = torch.cat([places, in_block.expand(len(query), -1)], dim=1)
+        places = torch.cat([places, numbers.expand(len(query), -1)], dim=1)
         best, order = best.sort(dim=1, stable=True)
-        best, places = best[:, :top], places.gather(1, order[:, :top])
+        best, places = best[:, :top], places.gather(1, order)[:, :top]
     return best, places
 
 
-def own_footage(path, modality):
-    """-> {name: Tracklet}."""
-    return {name: Tracklet(frames, None, None, modality)
-            for name, frames in find_footage(path).items()}
-
-
-def embed(model, config, tracklets, all_frames):
-    """{name: Tracklet} -> (N, parts, dim). Raises UserError."""
-    rule = config.frame_rule or "chunks"
-    embeddings = embed_tracklets(model, list(tracklets.values()), config, rule, all_frames)
+def embed_footage(model, config, path, modality, how):
+    """-> {name: Tracklet of an unknown person}, embeddings (N, parts, dim). Raises UserError."""
+    tracklets = {name: Tracklet(frames, None, None, modality)
+                 for name, frames in find_footage(path).items()}
+    embeddings = embed_tracklets(model, list(tracklets.values()), config, how["frame_rule"],
+                                 how["all_frames"])
     if isinstance(embeddings, dict):
-        raise UserError("this method embeds each stream alone; search.py expects one tensor (N, "
-                        "parts, dim): concatenate the streams in embed")
-    return embeddings
+        raise UserError("this method embeds each stream alone; expected one tensor (N, parts, dim) "
+                        "for a search: concatenate the streams in embed")
+    return tracklets, embeddings
 
 
-def save(folder, embeddings, about):
-    # embeddings.npy makes the folder a saved gallery, so it comes last.
-    write_json(os.path.join(folder, "names.json"), about)
-    path = os.path.join(folder, "embeddings.npy")
-    write_atomic(path, lambda file: np.save(file, embeddings))
-    print(f"{len(embeddings):,} tracklets embedded in {folder}")
+def open_gallery(model, config, given, how):
+    """--gallery -> embeddings (G, parts, dim), a numpy array, and what names.json holds: how they
+    were embedded, and for each name some frames to show. Raises UserError."""
+    folder, modality = given["gallery"], given["gallery_modality"]
+    if os.path.isfile(os.path.join(folder, "embeddings.npy")):
+        about = read_json(os.path.join(folder, "names.json"))
+        for name, value in how.items():
+            if about[name] != value:
+                raise UserError(f"{folder} was embedded with {name} {about[name]}; expected "
+                                f"{value}, as for the queries: embed the gallery again")
+        return np.load(os.path.join(folder, "embeddings.npy"), mmap_mode="r"), about
+    tracklets, embeddings = embed_footage(model, config, folder, modality, how)
+    shown = {name: [os.path.abspath(frame) for frame in pictures.evenly(t.frames, 3)]
+             for name, t in tracklets.items()}
+    about = {"names": list(tracklets), "modality": modality, **how, "shown": shown}
+    if "save" in given:
+        write_json(os.path.join(given["save"], "names.json"), about)
+        # The last file, because it makes the folder a saved gallery.
+        path = os.path.join(given["save"], "embeddings.npy")
+        write_atomic(path, lambda file: np.save(file, embeddings.numpy()))
+        print(f"{len(embeddings):,} tracklets embedded in {given['save']}")
+    return embeddings.numpy(), about
 
 
-def open_saved(folder, how):
-    """-> embeddings (G, parts, dim), on disk; the contents of names.json. how: {name: value} that
-    must be those of the queries. Raises UserError."""
-    about = read_json(os.path.join(folder, "names.json"))
-    for name, value in how.items():
-        if about[name] != value:
-            raise UserError(f"{folder} was embedded with {name} {about[name]}; expected {value}, "
-                            "as the queries are: embed the gallery again")
-    return np.load(os.path.join(folder, "embeddings.npy"), mmap_mode="r"), about
+def draw(found, queries, shown, size):
+    """The first eight places of the first eight queries -> PIL image."""
+    def frames_of(paths):
+        return torch.stack([read_frame(path, size) for path in pictures.evenly(paths, 3)])
+
+    rows = []
+    for answer in found[:8]:
+        name = answer["query"]
+        hits = [pictures.Found(hit["tracklet"], frames_of(shown[hit["tracklet"]]), hit["distance"],
+                               right=None) for hit in answer["ranked"][:8]]
+        rows.append(pictures.Row(name, frames_of(queries[name].frames), hits))
+    return pictures.draw_ranking(rows)
 
 
-def draw(queries, lists, query, gallery, about, model, size, rows=8, top=8):
-    """The first `top` places of the first `rows` queries -> PIL image. lists: [[(distance, place),
-    ...], ...]"""
-    drawn = []
-    for (name, tracklet), ranked, q in zip(queries.items(), lists[:rows], query, strict=False):
-        found = []
-        for distance, place in ranked[:top]:
-            shown = Tracklet(about["shown"][place], None, None, about["modality"])
-            parts = (q.cpu() - torch.tensor(gallery[place])).norm(dim=1)
-            found.append(pictures.Found(about["names"][place], some_frames(shown, size), distance,
-                                        None, model.strips_of(parts)))
-        title = f"{tracklet.modality} {name}"
-        drawn.append(pictures.Row(title, some_frames(tracklet, size), found))
-    return pictures.draw_ranking(drawn)
-
-
-def is_walkers(path):
-    """Does this footage lie in a folder of walkers?"""
-    path = Path(path).resolve()
-    return any((folder / "walkers.json").is_file() for folder in (path, *path.parents))
-
-
-def parser_for(checkpoint):
+def read_command_line():
+    """-> {option: value}. Raises UserError."""
     parser = Parser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("--checkpoint", metavar="RUN", help="a run's folder, or its last.pt")
     add("--query", metavar="DIR", help="who is asked for; without it --save only embeds")
     add("--gallery", metavar="DIR", help="where to search: footage, or a folder made by --save")
     add("--save", metavar="DIR", help="keep the gallery's embeddings for later searches")
     add("--query-modality", choices=MODALITIES, default=INFRARED, help=f"default: {INFRARED}")
     add("--gallery-modality", choices=MODALITIES, default=VISIBLE, help=f"default: {VISIBLE}")
-    add("--top", metavar="N", type=int, default=10, help="places in each list (10)")
-    add("--all-frames", action="store_true", default=False, help="embed every frame: slower, a "
-        "little better")
-    add("--frames", metavar="N", type=int, help="per tracklet; default: as in the run's test")
-    add("--workers", metavar="N", type=int, help="loader processes")
-    add("--device", metavar="NAME", default="", help="cuda, cuda:1, cpu")
+    add("--top", metavar="N", type=int, default=10, help="places in each list; default: 10")
+    add("--all-frames", action="store_true", default=False, help="every frame: slower, better")
     add("--json", metavar="FILE", help="write the ranked lists there")
-    add("--figure", metavar="FILE.png", help="draw the first ranked lists")
-    add("--method", metavar="FILE.py:CLASS", default="", help="of the run, if it is your own")
-    if checkpoint:
-        method = load_method(method_of(checkpoint, early(None, "method")["method"]))
-        add_options(parser, method.Options, checkpoint["options"])
-    return parser
+    add("--figure", metavar="FILE.png", help="draw the first eight places of eight queries")
+    add_run_options(parser)
+    given = typed(parser)
+    if "gallery" not in given or not given.keys() & {"query", "save"}:
+        raise UserError("nothing to search; expected --checkpoint RUN, --gallery DIR, and --query "
+                        "DIR or --save DIR; see --help")
+    return given
 
 
 def main():
-    path = early(None, "checkpoint")["checkpoint"]
-    checkpoint = read_checkpoint(path) if path else None
-    given = typed(parser_for(checkpoint))
-    if not (checkpoint and "gallery" in given and given.keys() & {"query", "save"}):
-        raise UserError("nothing to search; expected --checkpoint RUN, --gallery DIR, and --query "
-                        "DIR or --save DIR; see --help")
-    ...
+    given = read_command_line()
+    device = parallel.join(given.get("device", ""))
+    given["reader"] = ""    # the run's own reader is not needed here
+    model, config, trained = load_run(given.get("checkpoint", ""), given)
+    model.to(device)
+    how = {"model": digest(model), "frames": config.test_frames or config.frames,
+           "frame_rule": config.frame_rule or "chunks", "all_frames": given["all_frames"]}
+    if "query" in given:    # first: the shorter wait if something is wrong
+        queries, query = embed_footage(model, config, given["query"], given["query_modality"], how)
+    gallery, about = open_gallery(model, config, given, how)
+    if "query" not in given:
+        return
+    folders = Path(given["query"]).resolve().parents
+    if trained["dataset"] == "walkers" and not any((f / "walkers.json").exists() for f in folders):
+        print("trained on walkers, who are drawn: this model knows nothing of real people")
+
+    found = []
+    distances_and_places = nearest(query.to(device), gallery, given["top"])
+    for (name, t), *row in zip(queries.items(), *distances_and_places, strict=True):
+        ranked = [{"tracklet": about["names"][place], "distance": distance.item()}
+                  for distance, place in zip(*row, strict=True)]
+        found.append({"query": name, "modality": t.modality, "frames": len(t.frames),
+                      "ranked": ranked})
+        print(f"{name} ({t.modality}, {len(t.frames)} frames), the nearest of {len(gallery):,}:")
+        for number, hit in enumerate(ranked, 1):
+            print(f"{number:6}{hit['distance']:12.4f}  {hit['tracklet']}")
+    if "json" in given:
+        write_json(given["json"], {"gallery": len(gallery), "queries": found})
+    if "figure" in given:
+        write_picture(given["figure"], draw(found, queries, about["shown"], config.size))
 
 
 if __name__ == "__main__":

@@ -42,36 +42,36 @@ import torch
 class Config:
     """What every run chooses (a method's own choices are its Options). The defaults are `--preset
     paper`; a method may have others (its recipe)."""
-    method: str = option("dinogrl", "dinogrl, lsmrl, or your own FILE.py:CLASS", "run")
-    seed: int = option(1, "report the spread of at least 3", "run")
-    precision: str = option("auto", "auto: float32 on a CPU, bfloat16 or float16 on a GPU", "run",
+    method: str = option("dinogrl", "dinogrl, lsmrl, or your own FILE.py:CLASS")
+    seed: int = option(1, "report the spread of at least 3")
+    precision: str = option("auto", "auto: float32 on a CPU, bfloat16 or float16 on a GPU",
                             ("auto", "bfloat16", "float16", "float32"))
     checkpoint_activations: bool = option(
         False, "compute activations twice: half the memory, 1.2 times the time; running statistics "
-        "of batch norms move twice a step", "run")
-    evaluate_every: int = option(0, "epochs between evaluations; 0: after the last alone", "run")
-    device: str = option("", "cuda, cuda:1, cpu; default: cuda if there is one", "run")
-    data: str = option("", "HITSZ-VCM, BUPTCampus, or your own folders; none: walkers", "data")
-    reader: str = option("", "FILE.py:FUNCTION of your own that reads --data", "data")
-    auxiliary: bool = option(False, "BUPTCampus: train on its auxiliary set too", "data")
-    people: int = option(96, "training identities of the walkers that are drawn", "data")
-    size: tuple = option((256, 128), "height and width of the frames", "data")
-    frames: int = option(6, "per tracklet; more help a little and cost in proportion", "data")
-    test_frames: int = option(0, "per tracklet in the test; 0: as in training", "data")
-    frame_rule: str = option("", "chunks, linspace, consecutive; none: the protocol's", "data")
-    erase: float = option(0.5, "probability of random erasing; lower it for short runs", "data")
-    workers: int = option(min(8, os.cpu_count() or 1), "loader processes; 0: none", "data")
-    test_batch: int = option(32, "tracklets at a time in evaluation", "data")
-    epochs: int = option(80, "0 evaluates the untrained model", "schedule")
-    steps: int = option(200, "per epoch", "schedule")
-    identities: int = option(4, "per step; halve them first if memory runs out", "schedule")
-    tracklets: int = option(4, "per identity and modality; 1 starves the triplet loss", "schedule")
-    optimizer: str = option("Adam", "AdamW: decoupled weight decay", "schedule", ("Adam", "AdamW"))
-    lr: float = option(3.5e-4, "learning rate; scale it with the identities", "schedule")
-    weight_decay: float = option(5e-4, "on every parameter, as in the release", "schedule")
-    warmup_epochs: int = option(10, "linear warm-up from 0.01 of the rate", "schedule")
-    milestones: tuple = option((40, 70), "epochs at which the rate falls tenfold", "schedule")
-    cosine: bool = option(False, "in place of milestones a cosine, to 0.01 of the rate", "schedule")
+        "of batch norms move twice a step")
+    evaluate_every: int = option(0, "epochs between evaluations; 0: after the last alone")
+    device: str = option("", "cuda, cuda:1, cpu; default: cuda if there is one")
+    data: str = option("", "HITSZ-VCM, BUPTCampus, or your own folders; none: walkers")
+    reader: str = option("", "FILE.py:FUNCTION of your own that reads --data")
+    auxiliary: bool = option(False, "BUPTCampus: train on its auxiliary set too")
+    people: int = option(96, "training identities of the walkers that are drawn")
+    size: tuple = option((256, 128), "height and width of the frames")
+    frames: int = option(6, "per tracklet; more help a little and cost in proportion")
+    test_frames: int = option(0, "per tracklet in the test; 0: as in training")
+    frame_rule: str = option("", "chunks, linspace, consecutive; none: the protocol's")
+    erase: float = option(0.5, "probability of random erasing; lower it for short runs")
+    workers: int = option(min(8, os.cpu_count() or 1), "loader processes; 0: best on a laptop")
+    test_batch: int = option(32, "tracklets at a time in evaluation")
+    epochs: int = option(80, "0 evaluates the untrained model")
+    steps: int = option(200, "per epoch")
+    identities: int = option(4, "per step; halve them first if memory runs out")
+    tracklets: int = option(4, "per identity and modality; 1 starves the triplet loss")
+    optimizer: str = option("Adam", "AdamW: decoupled weight decay", ("Adam", "AdamW"))
+    lr: float = option(3.5e-4, "learning rate; scale it with the identities")
+    weight_decay: float = option(5e-4, "on every parameter, as in the release")
+    warmup_epochs: int = option(10, "linear warm-up from 0.01 of the rate")
+    milestones: tuple = option((40, 70), "epochs at which the rate falls tenfold")
+    cosine: bool = option(False, "in place of milestones a cosine, to 0.01 of the rate")
 
 
 def learning_rate_factor(config, epoch):
@@ -214,10 +214,8 @@ def read_command_line(words=None):
     checkpoint = weights.read_checkpoint(first["resume"]) if first["resume"] else None
     method = load_method(weights.method_of(checkpoint, first["method"]) or Config.method)
     parser = Parser(description=__doc__.split("\n\n")[0])
-    runs = parser.add_argument_group("run")
-    runs.add_argument("--preset", choices=("paper", "small"), help="default: small for walkers")
-    runs.add_argument("--run", metavar="DIR", help="the run's folder; default: a new one in runs/")
-    runs.add_argument("--resume", metavar="RUN", help="a run's folder, to go on with its options")
+    parser.add_argument("--run", metavar="DIR", help="its folder; default: a new one in runs/")
+    parser.add_argument("--resume", metavar="RUN", help="a run's folder, to go on with its options")
     config, options, given = configure(parser, words, Config, method, checkpoint)
     check_free(given.get("run"))    # now, and not after all is loaded
     return SimpleNamespace(config=config, options=options, method=method, run=given.get("run"),

@@ -235,7 +235,7 @@ def draw_tracklet(rng, walker, paint, camera, modality, frames):
         # A detector's boxes jitter.
         dx, dy, dz = rng.uniform(-1, 1, 3) * (0.01, 0.004, 0.006)
         size = H * camera.zoom * zoom * (1 + dz) * walker.stature
-        view = View(azimuth, camera.tilt, size, foot=(W * (x + dx), H * (y + dy) + size / 2))
+        view = View(azimuth, camera.tilt, size, complex(W * (x + dx), H * (y + dy) + size / 2))
         looks = draw_walker(walker, phase + i * walker.pace, view, (H, W))
         # take is much faster than table[looks].
         person = Image.fromarray(np.take(table, looks, axis=0)).reduce(SUPERSAMPLING)

@@ -3,14 +3,11 @@
     images (N,3,H,W) -> VisionTransformer.embed -> tokens (N,1+h*w,D), CLS first -> resblocks
     word vectors (C,L,width) -> CLIP.encode_text -> text features (C,dim)
 
-Mirrors github.com/openai/CLIP (clip/model.py): the same tensors as ViT-B-16.pt. A method may run
-the image blocks in its own way: see stfl in lsmrl.py. There is no tokenizer: LSMRL needs a single
-sentence (prompt_of), and `tiny` knows a few dozen words.
+Mirrors github.com/openai/CLIP (clip/model.py): the same tensors as ViT-B-16.pt. There is no
+tokenizer: LSMRL needs a single sentence (prompt_of), and `tiny` knows a few dozen words.
 
 Quick question: why does LSMRL encode 12 tokens, when CLIP pads every sentence to 77? (The text
 transformer is causal: padding behind the end token changes nothing, at six times the cost.)
-
-Ours, not the paper's: the two tiny networks; positions resized to a grid that is not square.
 """
 import math
 import os
@@ -23,27 +20,24 @@ import torch.nn.functional as F
 from torch import nn
 
 # The words of `tiny`, by number. X pads sentences, and stands for a word that is learned.
-WORDS = ("X <start> <end> a photo of person in and with . tall short slim broad plain striped "
-         "lined checked dotted banded halved diagonal zigzag tank t-shirt long shirt jacket coat "
-         "wide trousers shorts skirt hair afro bun cap hat backpack shoulder bag handbag trolley")
-VOCABULARY = WORDS.split()
-
+VOCABULARY = str.split(
+    "X <start> <end> a photo of person in and with . tall short slim broad plain striped lined "
+    "checked dotted banded halved diagonal zigzag tank t-shirt long shirt jacket coat wide "
+    "trousers shorts skirt hair afro bun cap hat backpack shoulder bag handbag trolley")
 # `tiny` was trained on walkers (support/priors.py), `tiny-random` is not trained.
 TINY_SIZES = {
     "patch": 8, "grid": (16, 8), "width": 64, "depth": 4, "heads": 2, "dim": 64, "text_width": 32,
     "text_depth": 2, "text_heads": 1, "words": len(VOCABULARY)}
-CLIP_MODELS = {
-    "ViT-B-16": {"patch": 16, "grid": (14, 14), "width": 768, "depth": 12, "heads": 12, "dim": 512,
-                 "text_width": 512, "text_depth": 12, "text_heads": 8, "words": 49408},
-    "tiny": TINY_SIZES, "tiny-random": TINY_SIZES}
+CLIP_MODELS = {"tiny": TINY_SIZES, "tiny-random": TINY_SIZES, "ViT-B-16": {
+    "patch": 16, "grid": (14, 14), "width": 768, "depth": 12, "heads": 12, "dim": 512,
+    "text_width": 512, "text_depth": 12, "text_heads": 8, "words": 49408}}
 TINY_FILE = os.path.join(ROOT, "assets", "tiny_clip.pt")
 CLIP_SHA256 = "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"
 CLIP_URL = f"https://openaipublic.azureedge.net/clip/models/{CLIP_SHA256}/ViT-B-16.pt"
 
 
 class Attention(nn.Module):
-    """Multi-head attention: x (N, L, D), context (N, M, D), by default x itself -> (N, L, D).
-    causal: a token attends to itself and those before it."""
+    """Multi-head attention. causal: a token attends to itself and those before it."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -52,7 +46,7 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
         self.out_proj = nn.Linear(dim, dim)
 
-    def queries_keys_values(self, x, context=None):
+    def queries_keys_values(self, x, context):
         """-> three of (N, heads, L or M, D / heads)."""
         if context is None:
             q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
@@ -64,15 +58,15 @@ class Attention(nn.Module):
         return [y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v)]
 
     def forward(self, x, context=None, causal=False):
+        """x (N, L, D), context (N, M, D), by default x itself -> (N, L, D)."""
         q, k, v = self.queries_keys_values(x, context)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
     def weights(self, x, context):
-        """The attention weights of x (N, L, D) on context (N, M, D): (N, L, M), mean over the
-        heads. For pictures: forward never computes them."""
+        """For pictures: the attention weights of x on context, (N, L, M), mean over the heads."""
         q, k, _ = self.queries_keys_values(x, context)
-        scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5    # (N, heads, L, M)
+        scores = q @ k.mT / q.shape[-1] ** 0.5    # (N, heads, L, M)
         return scores.softmax(-1).mean(1)
 
 
@@ -125,7 +119,7 @@ class VisionTransformer(nn.Module):
         return self.ln_pre(torch.cat([cls, patches], dim=1) + self.positional_embedding)
 
     def resize(self, h, w):
-        """Positions for an h x w grid of patches: the grid resized bilinearly, row 0 (CLS) kept."""
+        """Resize the positions bilinearly to an h x w grid of patches. Row 0 (CLS) stays."""
         cls, rows = self.positional_embedding.data.split([1, math.prod(self.grid)])
         maps = rows.t().unflatten(1, self.grid)[None]    # (1, D, rows, columns)
         maps = F.interpolate(maps, (h, w), mode="bilinear", align_corners=False)
@@ -156,8 +150,8 @@ class CLIP(nn.Module):
         return self.visual.ln_post(x[:, 0]) @ self.visual.proj
 
     def encode_text(self, words, end):
-        """Word vectors (C, L, text_width), L <= 77 -> text features (C, dim). end: position of the
-        end token, a number or (C,)."""
+        """Word vectors (C, L, width) -> text features (C, dim). end: index of the end token, (C,)
+        or one for all."""
         x = words + self.positional_embedding[:words.shape[1]]
         for block in self.transformer.resblocks:
             x = block(x, causal=True)
@@ -167,10 +161,10 @@ class CLIP(nn.Module):
 def tokenized(sentences):
     """Sentences of words of VOCABULARY, separated by spaces -> their numbers (C, L), from start to
     end token and padded with 0, and the position of each end token (C,)."""
-    rows = [[VOCABULARY.index(word) for word in f"<start> {sentence} <end>".split()]
+    rows = [torch.tensor([VOCABULARY.index(word) for word in f"<start> {sentence} <end>".split()])
             for sentence in sentences]
     end = torch.tensor([len(row) - 1 for row in rows])
-    return nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), batch_first=True), end
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True), end
 
 
 def prompt_of(name):
@@ -180,24 +174,19 @@ def prompt_of(name):
     return tokenized(["a photo of a X X X X person ."])[0][0]
 
 
-# --------------------------------------------------------------- weights ----
-
 def read_clip(path):
     """OpenAI's TorchScript archive or a state dict -> {name: tensor}, float32. Raises UserError."""
     try:
         tensors = torch.jit.load(path, map_location="cpu").state_dict()
     except (RuntimeError, ValueError):    # not an archive, or a torn one
         tensors = read_tensors(path)
-    no_weights = "input_resolution", "context_length", "vocab_size"
-    try:
-        return {name: tensor.float() for name, tensor in tensors.items() if name not in no_weights}
-    except AttributeError:
-        raise UserError(f"{path} is not a state dict; expected OpenAI's ViT-B-16.pt: is it the "
-                        "right file?") from None
+    # Integers, such as input_resolution, are not weights.
+    return {name: tensor.float() for name, tensor in tensors.items()
+            if torch.is_tensor(tensor) and tensor.is_floating_point()}
 
 
 def fetch_openai():
-    """-> the path of OpenAI's ViT-B-16.pt, downloaded once and cached; its SHA-256 is checked."""
+    """-> the path of OpenAI's file, downloaded once and cached; its SHA-256 is checked."""
     path = os.path.join(torch.hub.get_dir(), "checkpoints", f"CLIP-ViT-B-16-{CLIP_SHA256[:8]}.pt")
     if not os.path.exists(path):    # torch writes to a temporary name first
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -206,19 +195,15 @@ def fetch_openai():
 
 
 def load_clip(name, weights="", pretrained=True):
-    """The CLIP of that name (a key of CLIP_MODELS), its text side frozen.
-
-    Its tensors come from OpenAI's file, downloaded once and cached; those of `tiny` lie in assets/.
-    weights: read this local file instead. pretrained=False: random, for a checkpoint to fill.
-    Raises UserError."""
+    """The CLIP of that name, its text side frozen. weights: a local file instead of the download;
+    pretrained=False: random, for a checkpoint to fill. Raises UserError."""
     if name not in CLIP_MODELS:
         raise UserError(f"CLIP {name} is not known; expected one of {', '.join(CLIP_MODELS)}")
     clip = CLIP(**CLIP_MODELS[name])
-    path = TINY_FILE if name == "tiny" and not weights else weights
-    if pretrained and (path or name != "tiny-random"):
-        path = path or download(
-            "CLIP ViT-B/16", fetch_openai, "give OpenAI's file by --clip-weights FILE (argument "
-            "weights), or take --preset small (a tiny CLIP, for trying out)")
+    if pretrained and name != "tiny-random":
+        path = weights or (TINY_FILE if name == "tiny" else download(
+            "CLIP ViT-B/16", fetch_openai, "give OpenAI's file by --clip-weights FILE, or take "
+            "--preset small (a tiny CLIP)"))
         load_strictly(clip, read_clip(path), f"{path} (as CLIP {name})")
     clip.requires_grad_(False)
     clip.visual.requires_grad_(True)

@@ -14,8 +14,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))    # of this 
 
 
 class UserError(Exception):
-    """Something that the user can mend: one line that says what was found, what was expected and
-    what to do. `cli` (options.py) prints it and exits with code 2."""
+    """One line: what was found, what was expected, what to do. cli (options.py) prints it."""
 
 
 def in_short(error, limit=120):
@@ -45,8 +44,7 @@ def integers(text):
 
 
 def parsed(path, parse, expected):
-    """[parse(line) for each line of a text file]. Raises UserError that names the first wrong line;
-    expected: what it should be, in words."""
+    """[parse(line) for each line of a text file]. Raises UserError for the first wrong line."""
     found = []
     for number, line in enumerate(read_lines(path), 1):
         try:
@@ -87,6 +85,12 @@ def write_picture(path, picture):
     write_atomic(path, lambda file: picture.save(file, format="PNG"))
 
 
+def check_free(run):
+    """Raises UserError if the folder of a run (None: not chosen yet) exists already."""
+    if run and os.path.exists(run):
+        raise UserError(f"{run} exists already; choose another --run, or go on by --resume {run}")
+
+
 def new_run(path, stem):
     """Make the folder of a run: path, or runs/STEM-1, -2, ... -> its path. Raises UserError."""
     number = 1
@@ -96,8 +100,7 @@ def new_run(path, stem):
     try:
         os.makedirs(folder)
     except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror}); choose another --run "
-                        "(--resume goes on with one that exists)") from None
+        raise UserError(f"{folder} cannot be made ({error.strerror}); take another --run") from None
     return folder
 
 

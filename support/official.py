@@ -10,8 +10,11 @@ network never calls. The files hold them, but no output depends on them.)
 """
 import os
 
+from support.dinov2 import load_dinov2
 from support.files import UserError
 from support.weights import load_strictly, read_tensors
+
+import torch
 
 # Each file holds one of our modules. A tensor's name begins with one of these prefixes, there and
 # here; the rest of the name is the same: {file: (our module, {their prefix: our prefix})}. The
@@ -97,6 +100,20 @@ def load_official(folder, model_of):
         raise UserError(f"{folder} does not fit this DinoGRL: {'; '.join(wrong)}")
     model.load_state_dict({ours: held[theirs] for theirs, ours in names.items()})
     return model.eval()
+
+
+def load_release(method, folder):
+    """load_official into the class DinoGRL, given as `method` -> model, its config as a dict."""
+    class Empty(method):
+        def prior(self):    # best_shape.pth holds DINOv2 too
+            return load_dinov2(self.options.dinov2, pretrained=False)
+
+    torch.backends.cudnn.allow_tf32 = False    # their embeddings to float32's last digits
+    config = {"size": (256, 128), "frames": 6, "test_frames": 0, "frame_rule": "", "data": "",
+              "reader": "", "workers": min(8, os.cpu_count() or 1), "test_batch": 32}
+    model = load_official(folder, lambda classes: Empty(
+        method.Options(), classes, config["size"], pretrained=False))
+    return model, config
 
 
 def load_mask_branch(mask_branch, path):

@@ -29,11 +29,10 @@ progress = partial(tqdm, disable=None, leave=False)
 # -------------------------------------------------------------- options ----
 
 
-def option(default, help, group="method", choices=None):
-    """A dataclass field that becomes a command-line option, with its advice, the group under which
-    --help lists it, and the values that it may have (None: any)."""
-    metadata = {"help": help, "group": group, "choices": choices}
-    return field(default=default, metadata=metadata)
+def option(default, help, choices=None):
+    """A dataclass field that becomes a command-line option, with its advice and the values that it
+    may have (None: any)."""
+    return field(default=default, metadata={"help": help, "choices": choices})
 
 
 def as_typed(value):
@@ -72,27 +71,20 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_options(parser, options_class, defaults=None, small=None):
-    """An option for each field of a dataclass. defaults: {name: value} that take the place of the
-    fields' own; small: what the small preset sets. Both are for --help alone."""
+    """An option for each field of a dataclass. defaults: {name: value} in place of the fields' own,
+    small: what the small preset sets; both for --help alone."""
     defaults, small = defaults or {}, small or {}
-    groups = {group.title: group for group in parser._action_groups}
     for f in fields(options_class):
-        title = f.metadata.get("group", "method")
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
         shown = as_typed(defaults.get(f.name, f.default))
-        if f.name in small and as_typed(small[f.name]) != shown:
+        if f.name in small:
             shown += f"; small: {as_typed(small[f.name])}"
-        words = f"{f.metadata.get('help', '')} ({shown})".replace("%", "%%").strip()
-        kind = type(f.default)
-        how = {"help": words, "choices": f.metadata.get("choices")}
-        if kind is tuple:
-            kind, how["nargs"] = type(f.default[0]), "*"
-        if kind is bool:
+        words = f"{f.metadata.get('help', '')} ({shown})".replace("%", "%%")
+        how = {"type": type(f.default), "help": words, "choices": f.metadata.get("choices")}
+        if isinstance(f.default, tuple):
+            how |= {"type": type(f.default[0]), "nargs": "*"}
+        if isinstance(f.default, bool):
             how |= {"type": on_off, "metavar": "on|off"}
-        else:
-            how |= {"type": kind, "metavar": {int: "N", float: "X", str: "NAME"}[kind]}
-        groups[title].add_argument("--" + f.name.replace("_", "-"), **how)
+        parser.add_argument("--" + f.name.replace("_", "-"), **how)
 
 
 def typed(parser, words=None):
@@ -102,11 +94,12 @@ def typed(parser, words=None):
 
 
 def configure(parser, words, config_class, method, checkpoint=None):
-    """Add the options of a run and of its method to a parser with --preset -> both dataclasses,
-    from what was typed over the checkpoint, or over the method's recipe and preset; and {name:
-    value} of what was typed."""
+    """Add the options of a run and of its method to a parser -> both dataclasses, from what was
+    typed over the checkpoint, or over the method's recipe and preset; {name: value} as typed."""
+    parser.add_argument("--preset", choices=("paper", "small"), help="default: small for walkers")
     add_options(parser, config_class, method.recipe, method.small)
-    add_options(parser, method.Options, {}, method.small)
+    own = parser.add_argument_group(f"of {method.__name__}")
+    add_options(own, method.Options, {}, method.small)
     given = typed(parser, words)
     data = given.get("data")
     is_small = not data or os.path.isfile(os.path.join(data, "walkers.json"))

@@ -1,10 +1,5 @@
 """The device, and several processes as torchrun starts them: one on each GPU, one batch in all.
 
-    device = join("")                  this process's device; the processes find each other
-    gathered(x)                        the tracklets of all, for losses that compare tracklets
-    model = shared(model)              gradients averaged, batch norms synchronised (on GPUs)
-    with first_goes_first(): ...       one process of a machine downloads, the others find it there
-
 Each process computes the whole batch's losses from the embeddings of all, and the gradient of its
 own part. With one process, every function here is the simplest case of itself.
 
@@ -21,14 +16,14 @@ from support.files import UserError
 
 import torch
 import torch.distributed as dist
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-STEP, SETTING_UP = timedelta(minutes=10), timedelta(hours=6)    # how long the others are waited for
-patient = None      # the group for waiting hours: a download, an evaluation
+patient = None    # the group in which processes wait hours for one another: a download, a test
 
 
 def processes():
-    """-> this process's rank and the number of processes; (0, 1) unless torchrun started several."""
+    """-> rank of this process, number of processes: (0, 1) unless torchrun started several."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
@@ -41,13 +36,13 @@ def say(text):
 
 
 def ignore_interrupts(worker):
-    """For loader processes: Ctrl-C reaches all, but the main process answers it."""
+    """For loader processes: Ctrl-C reaches all, and the main process answers it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def join(name):
     """"" (CUDA if there is one), cuda, cuda:1, cpu -> torch.device; under torchrun each process's
-    own, and the processes join. Raises UserError if it cannot be used."""
+    own, and the processes join. Raises UserError."""
     global patient
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -62,18 +57,18 @@ def join(name):
     if several and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=STEP)
-        patient = dist.new_group(backend="gloo", timeout=SETTING_UP)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        patient = dist.new_group(backend="gloo", timeout=timedelta(hours=6))
     return device
 
 
 def precision_of(name, device):
     """auto, bfloat16, float16, float32 -> torch.dtype."""
-    if name == "auto":
-        name = "float32"
-        if device.type == "cuda":    # T4 and V100 have no bfloat16 in hardware
-            has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
-            name = "bfloat16" if has_bfloat16 else "float16"
+    if name == "auto" and device.type != "cuda":
+        return torch.float32
+    if name == "auto":    # T4 and V100 have no bfloat16 in hardware
+        has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if has_bfloat16 else torch.float16
     return getattr(torch, name)
 
 
@@ -81,9 +76,7 @@ def leave():
     """The end of a script that has succeeded."""
     if processes()[1] > 1:
         dist.destroy_process_group()
-        # gloo's thread lets go of its last tensor a moment after its work is done, and aborts an
-        # interpreter that ends meanwhile.
-        time.sleep(0.2)
+        time.sleep(0.2)    # gloo's thread needs a moment, or it aborts an interpreter that ends
 
 
 def wait_for_all():
@@ -94,7 +87,7 @@ def wait_for_all():
 
 @contextmanager
 def first_goes_first():
-    """The first process of each machine does it, then the others: what is downloaded or made is
+    """The first process of each machine does it, then the others: what is downloaded or drawn is
     there already."""
     first = processes()[1] == 1 or os.environ["LOCAL_RANK"] == "0"
     if not first:
@@ -106,11 +99,20 @@ def first_goes_first():
 
 def from_first(make):
     """make() of process 0, in all processes."""
-    rank, world = processes()
-    values = [make() if rank == 0 else None]
-    if world > 1:
+    values = [make() if processes()[0] == 0 else None]
+    if processes()[1] > 1:
         dist.broadcast_object_list(values)
     return values[0]
+
+
+def collect(value):
+    """Any value of each process, be they ready hours apart -> all of them in process 0, None in the
+    others."""
+    rank, world = processes()
+    values = [value] * world if rank == 0 else None
+    if world > 1:
+        dist.gather_object(value, values, group=patient)
+    return values
 
 
 def averaged(sums, steps):
@@ -140,67 +142,49 @@ class Gathered(torch.autograd.Function):
 
 
 def gathered(x):
-    """x (B, ...) of this process -> (world * B, ...) of all of them, in order of rank.
-
-    For losses that compare tracklets: every process computes the same loss of the whole batch, and
-    sends the gradient of its own part back. DistributedDataParallel then takes the mean over
-    processes where a sum is due: hence `world *` above."""
+    """x (B, ...) of this process -> (world * B, ...) of all of them, in order of rank, for losses
+    that compare tracklets: every process computes the same loss of the whole batch. Its gradient
+    goes back to each one's part, `world *` since DistributedDataParallel then takes a mean."""
     return x if processes()[1] == 1 else Gathered.apply(x)
 
 
 def shared(model):
-    """The model as each process calls it: gradients are averaged over processes.
-
-    On GPUs batch norms see the batch of all, but for those of model.whole_batch, which are given
-    it; torch has no synchronised batch norm for CPUs, where each process uses its own share."""
+    """The model as each process calls it: gradients are averaged over processes. On GPUs batch
+    norms see the batch of all processes (those of model.whole_batch are given it); torch has no
+    such batch norm for CPUs, where each process uses its own share."""
     if processes()[1] == 1:
         return model
-    if model.device.type == "cuda":
-        whole = {id(module): module for name in model.whole_batch
-                 for module in model.get_submodule(name).modules()}
-        for module in list(model.modules()):
-            for name, child in module.named_children():
-                if isinstance(child, torch.nn.modules.batchnorm._BatchNorm) and id(child) not in whole:
-                    setattr(module, name, torch.nn.SyncBatchNorm.convert_sync_batchnorm(child))
+    whole = {module for name in model.whole_batch
+             for module in model.get_submodule(name).modules()}
+    for module in list(model.modules()) if model.device.type == "cuda" else []:
+        for name, child in module.named_children():
+            if isinstance(child, _BatchNorm) and child not in whole:
+                setattr(module, name, torch.nn.SyncBatchNorm.convert_sync_batchnorm(child))
     # Unused parameters: by an ablation, say. No device_ids: modality stays on the CPU.
     return DistributedDataParallel(model, find_unused_parameters=True)
 
 
 def average_gradients(module):
     """For what is trained outside `shared`: the warm-up of a part."""
-    for parameter in module.parameters():
-        if parameter.grad is not None and processes()[1] > 1:
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= processes()[1]
+    for parameter in module.parameters() if processes()[1] > 1 else []:
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= processes()[1]
 
 
 def take_buffers_of_first(model):
     """Process 0's batch norms are the ones that are saved: they count in an evaluation too."""
-    if processes()[1] > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
-
-
-def collect(value):
-    """A value of each process, picklable, be they ready hours apart -> a list of them in process 0,
-    None in the others."""
-    rank, world = processes()
-    values = [None] * world if rank == 0 else None
-    if world == 1:
-        return [value]
-    dist.gather_object(value, values, group=patient)
-    return values
+    for buffer in model.buffers() if processes()[1] > 1 else []:
+        dist.broadcast(buffer, 0)
 
 
 # ----------------------------------------------------------- random states ----
 
 def random_states(device):
-    """{"cpu": (processes, bytes), "cuda": the same or None}: what goes on exactly needs them."""
+    """{"cpu": (processes, bytes), "cuda": the same or None}."""
     cpu = gathered(torch.get_rng_state()[None].to(device)).cpu()
-    cuda = None
-    if device.type == "cuda":
-        cuda = gathered(torch.cuda.get_rng_state(device)[None].to(device)).cpu()
-    return {"cpu": cpu, "cuda": cuda}
+    if device.type != "cuda":
+        return {"cpu": cpu, "cuda": None}
+    return {"cpu": cpu, "cuda": gathered(torch.cuda.get_rng_state(device)[None].to(device)).cpu()}
 
 
 def restore_random_states(states, device):

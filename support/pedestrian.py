@@ -4,8 +4,8 @@
                                                         +--> Figure: inks (H,W) --> looks (H,W)
     azimuth, tilt, size, foot -> View: pixels ----------+
 
-A body part has two inks: one for its surface and one for its outline. An ink has two looks: without
-and with the garment's pattern. walkers.py paints each look, by day or by night.
+A body part has two inks, its surface and its outline. An ink has two looks: without and with the
+garment's pattern. walkers.py paints each look, by day or by night.
 
 Quick question: why draw people from their joints instead of pasting pictures of them? (A person
 must stay the same from every angle and at every moment of the stride.)
@@ -68,21 +68,15 @@ HAIRS = {    # hair behind the face; the face; hair or hat in front of it
     "hat": ([SKULL], [FACE], [CROWN, (0, -0.3, 1.7, 0.16)])}
 BAGS = "none", "backpack", "shoulder bag", "handbag", "trolley"
 
-
-def is_on_dot(u, v, duty, level):
-    u = u + v // 1 / 2    # every row is shifted by half a period
-    squares = (u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2
-    return squares < (0.2 + 0.3 * duty) ** 2
-
-
 # Where is a pattern on? u: right of the part's centre line, v: below the garment's top, level:
 # also below it, all in periods; duty: share of a period.
 PATTERNS = {
-    "plain": None,
+    "plain": lambda u, v, duty, level: False,
     "across": lambda u, v, duty, level: v % 1 < duty,
     "down": lambda u, v, duty, level: (u + duty / 2) % 1 < duty,
     "checks": lambda u, v, duty, level: ((u + duty / 2) % 1 < duty) ^ (v % 1 < duty),
-    "dots": is_on_dot,
+    "dots": lambda u, v, duty, level: (    # every row is shifted by half a period
+        ((u + v // 1 / 2) % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2 < (0.2 + 0.3 * duty) ** 2),
     "band": lambda u, v, duty, level: (level < v) & (v < level + 1),
     "halves": lambda u, v, duty, level: v > level,
     "diagonal": lambda u, v, duty, level: (u + v) % 1 < duty,
@@ -93,8 +87,7 @@ SPOKEN = {    # the names above that read differently in a sentence
     "halves": "halved", "long sleeves": "shirt", "short": "short hair", "long": "long hair",
     "afro": "afro hair", "bun": "a bun", "cap": "a cap", "hat": "a hat"}
 
-# Each role has its own paint.
-ROLES = UPPER, LOWER, SKIN, HAIR, SHOES, BAG = range(6)
+ROLES = UPPER, LOWER, SKIN, HAIR, SHOES, BAG = range(6)    # each has its own paint
 
 PARTS = {    # name: role (-1: none), shade
     "background": (-1, 0), "bag": (BAG, 1), "strap": (BAG, 0.8), "torso": (UPPER, 1),
@@ -104,15 +97,11 @@ for depth, shade in ("near", 1.06), ("far", 0.83):
         f"{depth} sleeve": (UPPER, shade), f"{depth} hand": (SKIN, shade),
         f"{depth} leg": (LOWER, shade), f"{depth} shin": (SKIN, shade),
         f"{depth} shoe": (SHOES, shade)}
-
-# An outline is darker than its surface.
-INK = {name: 2 * i for i, name in enumerate(PARTS)}    # of the surface; INK + 1: of the outline
+INK = {name: 2 * i for i, name in enumerate(PARTS)}    # surface; INK + 1: its darker outline
+BACKGROUND = slice(0, 2)    # its inks
 ROLE_OF_INK = np.repeat([role for role, _ in PARTS.values()], 2)
 SHADE_OF_INK = np.outer([shade for _, shade in PARTS.values()], [1, 0.78]).reshape(-1, 1, 1)
-BACKGROUND = slice(0, 2)    # its inks
 
-
-# ---------------------------------------------------------------- people ----
 
 @dataclass
 class Garment:
@@ -180,15 +169,13 @@ class Joint(NamedTuple):
 
     def bone(self, length, angle, left):
         """-> the other end of a bone that hangs from here, `angle` forward of straight down."""
-        forward, down = length * math.sin(angle), length * math.cos(angle)
-        return Joint(self.forward + forward, left, self.up - down)
+        forward = self.forward + length * math.sin(angle)
+        return Joint(forward, left, self.up - length * math.cos(angle))
 
 
 class Pose:
-    """A walker at one phase (radians) of the stride.
-
-    legs {side: [hip, knee, ankle, toe]} and arms {side: [shoulder, elbow, hand]} are Joints; side
-    is LEFT or RIGHT. hip, neck: their heights."""
+    """A walker at one phase (radians) of the stride. legs {side: [hip, knee, ankle, toe]} and arms
+    {side: [shoulder, elbow, hand]} are Joints; side is LEFT or RIGHT. hip, neck: their heights."""
 
     def __init__(self, walker, phase):
         self.walker = walker
@@ -218,11 +205,10 @@ class Pose:
         thigh = step * (1 + side * walker.uneven / 2) * math.sin(phase) + 0.08
         # The knee bends while the leg swings forward.
         shin = thigh - 0.06 - walker.knee * max(0, math.cos(phase + 0.5)) ** 1.5
-        left = side * walker.hip * 0.55 + self.sway
-        hip = Joint(0, left, 0)
-        knee = hip.bone(half, thigh, left)
-        ankle = knee.bone(half, shin, left)
-        toe = Joint(ankle.forward + 0.085 * math.cos(shin), left * 1.3,
+        hip = Joint(0, side * walker.hip * 0.55 + self.sway, 0)
+        knee = hip.bone(half, thigh, hip.left)
+        ankle = knee.bone(half, shin, hip.left)
+        toe = Joint(ankle.forward + 0.085 * math.cos(shin), hip.left * 1.3,
                     ankle.up + 0.085 * min(0, math.sin(shin)))
         return [hip, knee, ankle, toe]
 
@@ -250,14 +236,13 @@ class View:
     azimuth: float    # radians from frontal; positive: walks to the right
     tilt: float       # pixels down per pixel nearer
     size: float       # pixels of a body height
-    foot: tuple       # (x, y): pixels of the ground under the hips
+    foot: complex     # the ground under the hips
 
     def project(self, joint):
         sin, cos = math.sin(self.azimuth), math.cos(self.azimuth)
         aside = joint.forward * sin + joint.left * cos
         nearer = joint.forward * cos - joint.left * sin
-        x, y = self.foot
-        return complex(x + self.size * aside, y - self.size * (joint.up - self.tilt * nearer))
+        return self.foot + self.size * complex(aside, self.tilt * nearer - joint.up)
 
     def half_width(self, half, deep):
         """Half width and half depth of an upright elliptic column -> half its width in pixels."""
@@ -301,13 +286,12 @@ class Figure:
     def panel(self, part, left, right):
         """The polygon between two edges, each from top to bottom, with a thin outline."""
         self.centre_lines[part] = [(p + q) / 2 for p, q in zip(left, right, strict=True)]
-        around = [*left, *right[::-1], left[0]]
-        corners = [(z.real, z.imag) for z in around]
+        corners = [(z.real, z.imag) for z in (*left, *right[::-1], left[0])]
         self.pen.polygon(corners, fill=INK[part])
         self.pen.line(corners, fill=INK[part] + 1, width=1)
 
     def draw(self):
-        """Draw all parts, from back to front."""
+        """-> the inks (H, W) uint8."""
         near = LEFT if math.sin(self.view.azimuth) < 0 else RIGHT
         lower, upper = LOWERS[self.walker.bottom], UPPERS[self.walker.top]
         self.draw_bag_behind()
@@ -320,6 +304,7 @@ class Figure:
         self.draw_straps()
         self.draw_head()
         self.draw_arm(near, "near")
+        return np.asarray(self.canvas)
 
     def dressed(self, skin, cloth, joints, bare, covered, loose):
         """An arm or a leg, and the garment that covers a share of it."""
@@ -369,20 +354,20 @@ class Figure:
         if walker.bag == "backpack":
             top = self.at(neck - 0.05, 0, -walker.depth - 0.05)
             bottom = self.at(neck - 0.08 - 0.14 * large, 0, -walker.depth - 0.06)
-            radius = self.view.half_width(0.09 * large, 0.065 * large)
-            self.limb("bag", [top, bottom], [radius] * 2)
+            self.limb("bag", [top, bottom], [self.view.half_width(0.09 * large, 0.065 * large)] * 2)
+
+    def draw_strap(self, above, height, below):
+        """From the neck, `above` left of the middle, to that height, `below` left of it."""
+        ends = [self.at(self.pose.neck, above, 0.03), self.at(height, below, 0.03)]
+        self.limb("strap", ends, [self.size * 0.009] * 2)
 
     def draw_straps(self):
-        walker, hip, neck = self.walker, self.pose.hip, self.pose.neck
-        ends = []    # left of the middle at the neck, left of it at the body, height at the body
+        walker, half, pose = self.walker, self.walker.shoulder, self.pose
         if walker.bag == "shoulder bag":
-            ends = [(-0.5 * walker.bag_side * walker.shoulder, walker.bag_side * walker.hip, hip)]
+            self.draw_strap(-0.5 * walker.bag_side * half, pose.hip, walker.bag_side * walker.hip)
         if walker.bag == "backpack":
-            ends = [(side * 0.6 * walker.shoulder, side * 0.7 * walker.shoulder, neck - 0.15)
-                    for side in (RIGHT, LEFT)]
-        for above, below, height in ends:
-            strap = [self.at(neck, above, 0.03), self.at(height, below, 0.03)]
-            self.limb("strap", strap, [self.size * 0.009] * 2)
+            for side in RIGHT, LEFT:
+                self.draw_strap(side * 0.6 * half, pose.neck - 0.15, side * 0.7 * half)
 
     def draw_drape(self, part, share, flare, loose=0.0):
         """Cloth from the waist down over a share of the legs, at its hem as wide as the legs have
@@ -394,8 +379,7 @@ class Figure:
         half = self.view.half_width(walker.hip * walker.girth ** 0.5 + loose,
                                     walker.depth * walker.girth + loose)
         out = self.size * (0.042 * walker.girth + flare * share + loose)
-        _, ground = self.view.foot
-        hem = ground - self.size * (hip - (walker.leg - 0.03) * share)
+        hem = self.view.foot.imag - self.size * (hip - (walker.leg - 0.03) * share)
         self.panel(part, [waist - half, complex(min(spread) - out, hem)],
                    [waist + half, complex(max(spread) + out, hem)])
 
@@ -421,44 +405,31 @@ class Figure:
         head = self.at(neck + 0.025 + walker.head / 2, 0, 0.01)
         throat = self.size * 0.024 * (0.7 + 0.3 * walker.girth)
         self.limb("head", [self.at(neck), head], [throat] * 2)
-        sin = math.sin(self.view.azimuth)
-        behind, face, over = HAIRS[walker.hair]
-        for part, ellipses in ("hair", behind), ("head", face), ("hair", over):
+        for part, ellipses in zip(("hair", "head", "hair"), HAIRS[walker.hair], strict=True):
             for back, down, half, tall in ellipses:
-                centre = head + complex(-back * rx * sin, down * ry)
+                centre = head + complex(-back * rx * math.sin(self.view.azimuth), down * ry)
                 self.ellipse(INK[part], centre, rx * half, ry * tall)
-
-
-def draw_patterns(figure, inks):
-    """The inks (H, W) of a figure -> (H, W) uint8, 1 where a garment's pattern is on. A pattern has
-    the coordinates of its garment, so it moves with the torso and with each limb."""
-    H, W = inks.shape
-    # The column of an ink's centre line in each row
-    centre = np.zeros((len(ROLE_OF_INK), H), np.float32)
-    for part, points in figure.centre_lines.items():
-        y, x = np.array(sorted((z.imag, z.real) for z in points)).T
-        centre[INK[part]:INK[part] + 2] = np.interp(np.arange(H), y, x)
-    walker, pattern = figure.walker, np.zeros(H * W, np.uint8)
-    inks = inks.reshape(-1)
-    # take is much faster than inks as an index, and flatnonzero than nonzero.
-    role_of_pixel = np.take(ROLE_OF_INK, inks)
-    for role, garment, top in ((UPPER, walker.upper, figure.at(figure.pose.neck)),
-                               (LOWER, walker.lower, figure.at(figure.pose.hip + 0.04))):
-        if garment.pattern == "plain":
-            continue
-        pixels = np.flatnonzero(role_of_pixel == role)
-        y, x = np.divmod(pixels, W)
-        u = (x - centre[inks[pixels], y]) / garment.period / figure.size
-        v = (y - top.imag) / garment.period / figure.size
-        level = garment.level / garment.period
-        pattern[pixels] = PATTERNS[garment.pattern](u, v, garment.duty, level)
-    return pattern.reshape(H, W)
 
 
 def draw_walker(walker, phase, view, shape):
     """One pose of a walker -> its looks (H, W) uint8: twice the ink, plus 1 where the garment's
     pattern is on. phase: radians of the stride; shape: (H, W)."""
-    figure = Figure(walker, phase, view, shape)
-    figure.draw()
-    inks = np.asarray(figure.canvas)
-    return 2 * inks + draw_patterns(figure, inks)
+    figure, (H, W) = Figure(walker, phase, view, shape), shape
+    inks = figure.draw().reshape(-1)
+    # A pattern moves with the torso and with each limb, so it needs their columns in each row.
+    centre = np.zeros((len(ROLE_OF_INK), H), np.float32)
+    for part, points in figure.centre_lines.items():
+        y, x = np.array(sorted((z.imag, z.real) for z in points)).T
+        centre[INK[part]:INK[part] + 2] = np.interp(np.arange(H), y, x)
+    looks = 2 * inks
+    # take is much faster than inks as an index, and flatnonzero than nonzero.
+    role_of_pixel = np.take(ROLE_OF_INK, inks)
+    for role, garment, top in ((UPPER, walker.upper, figure.at(figure.pose.neck)),
+                               (LOWER, walker.lower, figure.at(figure.pose.hip + 0.04))):
+        pixels = np.flatnonzero(role_of_pixel == role)
+        y, x = np.divmod(pixels, W)
+        u = (x - centre[inks[pixels], y]) / garment.period / figure.size
+        v = (y - top.imag) / garment.period / figure.size
+        level = garment.level / garment.period
+        looks[pixels] += PATTERNS[garment.pattern](u, v, garment.duty, level)
+    return looks.reshape(H, W)

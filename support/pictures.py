@@ -12,10 +12,8 @@ Quick question: which tracklets should a sheet show? (Evenly spaced ones, chosen
 is known. A sheet of the best ones would show what we hope for.)
 """
 import math
-import os
 from typing import NamedTuple
 
-from support.files import write_picture
 from support.footage import normalise, read_frame, true_masks
 
 import numpy as np
@@ -52,7 +50,7 @@ class Sheet:
         self.pen.text((x, y), words, fill=colour, font=self.font, anchor=anchor)
 
 
-def side_by_side(images, height, width):
+def in_a_row(images, height, width):
     """Frames (T, 3, H, W), uint8 or in 0..1, or maps (T, h, w) in 0..1 -> PIL image of T pictures
     in a row, each of height x width pixels."""
     images = images / 255 if images.dtype == torch.uint8 else images.float()
@@ -66,7 +64,7 @@ def side_by_side(images, height, width):
 def in_columns(titles, rows, captions, height):
     """A sheet with one column per tracklet -> PIL image.
 
-    rows: {name: for each column what side_by_side takes, or None}, first the frames, of the same
+    rows: {name: for each column what in_a_row takes, or None}, first the frames, of the same
     shape in all columns. captions: for each column the words below the pictures of the last row."""
     T, _, H, W = rows["frames"][0].shape
     width = height * W // H
@@ -78,7 +76,7 @@ def in_columns(titles, rows, captions, height):
         sheet.text(6, y + height // 2 - 8, name)
         for c, images in enumerate(images_of):
             if images is not None:
-                strip = side_by_side(images, height, width)
+                strip = in_a_row(images, height, width)
                 sheet.image.paste(strip, (130 + c * across, y))
     for c, title in enumerate(titles):
         x = 130 + c * across
@@ -220,7 +218,7 @@ def draw_ranking(rows, height=112):
         for place, found in enumerate([query, *row.ranked]):
             edges = x, y - BORDER, x + cell - 1, y + height + BORDER - 1
             sheet.pen.rectangle(edges, fill=borders[found.right])
-            sheet.image.paste(side_by_side(found.frames, height, width), (x + BORDER, y))
+            sheet.image.paste(in_a_row(found.frames, height, width), (x + BORDER, y))
             sheet.text(x, below, found.caption, cell)
             if place > 0:
                 sheet.text(x, below + LINE, f"{place}.   {found.distance:.3f}")
@@ -341,22 +339,21 @@ def draw_curves(log, title):
 def iou(silhouettes, masks):
     """Silhouettes (T, h, w), true masks (T, H, W) -> the overlap of each, (T,): intersection over
     union of the mask and what is at least 0.5 at its size."""
-    found = F.interpolate(silhouettes[:, None].float().cpu(), masks.shape[1:], mode="bilinear")
-    found = found[:, 0] >= 0.5
-    both, either = (found & masks).sum((1, 2)), (found | masks).sum((1, 2))
-    return both / either.clamp(min=1)
+    enlarged = F.interpolate(silhouettes[:, None].cpu(), masks.shape[1:], mode="bilinear")
+    found = enlarged[:, 0] >= 0.5
+    either = (found | masks).sum((1, 2))
+    return (found & masks).sum((1, 2)) / either.clamp(min=1)
 
 
-def ious(silhouettes, frames_of, root, number=32):
-    """The overlap in each frame of some tracklets; none without root/masks. silhouettes: N of
-    (T, h, w); frames_of: the Frames that they were found in."""
-    if not os.path.isdir(os.path.join(root, "masks")):
-        return []
-    overlaps = []
-    for i in evenly(range(len(frames_of)), number):
+def ious(silhouettes, frames_of, root):
+    """The overlap in each frame of 32 tracklets; none without root/masks. silhouettes: N of (T, h,
+    w); frames_of: the Frames that they were found in."""
+    found = []
+    for i in evenly(range(len(silhouettes)), 32):
         masks = true_masks(root, frames_of.paths(i), frames_of.size)
-        overlaps += iou(silhouettes[i], masks).tolist()
-    return overlaps
+        if masks is not None:
+            found += iou(silhouettes[i], masks).tolist()
+    return found
 
 
 def person_of(tracklet):
@@ -368,15 +365,14 @@ def frames_for(tracklet, size, number):
     return torch.stack([read_frame(frame, size) for frame in evenly(tracklet.frames, number)])
 
 
-def ranked_lists(model, dataset, found, embeddings, size, top=8):
+def ranked_lists(model, dataset, found, embeddings, size):
     """The nearest of four queries of each direction -> PIL image. found: of evaluate."""
     rows = []
     for direction, (distance, match, valid) in found.items():
         query, gallery = dataset.directions[direction]
         for q in evenly(range(len(query)), 4):
             asked, hits = dataset.test[query[q]], []
-            nearest = np.where(valid[q], distance[q], np.inf).argsort(kind="stable")
-            for g in nearest[:min(top, valid[q].sum())]:
+            for g in np.where(valid[q], distance[q], np.inf).argsort()[:min(8, valid[q].sum())]:
                 t, strips = dataset.test[gallery[g]], {}
                 if torch.is_tensor(embeddings):
                     apart = embeddings[query[q]] - embeddings[gallery[g]]    # (parts, dim)
@@ -392,6 +388,7 @@ def ranked_lists(model, dataset, found, embeddings, size, top=8):
 def sheet(model, dataset, size, is_home):
     """Two people by night and by day as the model sees them (silhouettes and codes) or reads them
     (LSMRL) -> PIL image, or None. is_home: was the model trained on this dataset?"""
+    model.eval()
     by_pid = {}
     for t in dataset.test or dataset.train:
         by_pid.setdefault(t.pid, {}).setdefault(t.modality, t)
@@ -401,38 +398,24 @@ def sheet(model, dataset, size, is_home):
         title, frames = f"{t.modality} {person_of(t)}", frames_for(t, size, 4)
         normalised = normalise(frames.to(model.device))
         if model.sasgl is not None:
-            codes, _ = model.eval().sasgl.encode(normalised)
+            codes, _ = model.sasgl.encode(normalised)
             masks = true_masks(dataset.root, evenly(t.frames, 4), size)
             overlap = None if masks is None else iou(codes.silhouette, masks)
             seen.append(Seen(title, frames, *codes[1:], masks, overlap))
-        reading = model.reading(normalised[None])
-        if reading is not None:
+        elif (reading := model.reading(normalised[None])) is not None:
             look, reads = (None if x is None else x[0] for x in reading)
-            readings.append(Reading(title, frames, look, sentences(dataset, reads, size, is_home)))
+            most = [] if reads is None else reads.topk(min(4, len(reads))).indices.tolist()
+            sentences = [(f"{reads[label]:.1%} {label}", None) for label in most]
+            if is_home:
+                sentences = [sentence_of(dataset, label, reads[label], size) for label in most]
+            readings.append(Reading(title, frames, look, sentences))
     if seen:
         return draw_silhouettes(seen)
     return draw_reading(readings) if readings else None
 
 
-def sentences(dataset, reads, size, is_home):
-    """The shares of the sentences (classes,), or None -> the four that are read most: (caption, a
-    frame of that training identity)."""
-    found = []
-    for share, label in zip(*reads.topk(min(4, len(reads))), strict=True) if reads is not None else ():
-        name, face = f"identity {label}", None
-        if is_home:
-            name = dataset.classes[label]
-            of_day = [t for t in dataset.train if t.pid == name and t.modality == "visible"]
-            face = read_frame(of_day[0].frames[len(of_day[0].frames) // 2], size)
-        found.append((f"{share:.1%} {name}", face))
-    return found
-
-
-def draw_run(folder, model, dataset, size, log, head):
-    """sees.png and curves.png of a run's folder."""
-    drawn = {"sees": sheet(model, dataset, size, "trained_on" not in head)}
-    if log:
-        drawn["curves"] = draw_curves(log, f"{head['method']} on {dataset.name}")
-    for name, image in drawn.items():
-        if image:
-            write_picture(os.path.join(folder, f"{name}.png"), image)
+def sentence_of(dataset, label, share, size):
+    """-> how much is read of a training identity's sentence, in words; a frame of that person."""
+    pid = dataset.classes[label]
+    t = next(t for t in dataset.train if t.pid == pid and t.modality == "visible")
+    return f"{share:.1%} {pid}", read_frame(t.frames[len(t.frames) // 2], size)

@@ -1,10 +1,5 @@
 """Weights: tensors read without running anything, loaded strictly, downloaded once; checkpoints.
 
-    read_tensors(path)                    a torch file -> its contents
-    load_strictly(module, tensors, what)  every tensor is there, none besides, each of its shape
-    download(what, fetch, ways_out)       the official source, or an error with the ways out
-    read_checkpoint(run), rebuild(...)    last.pt -> its dict -> the model
-
 Quick question: why strictly, when torch can leave out what does not fit? (What is left out stays
 random. The network runs, the loss falls, the results are a little worse: nobody notices.)
 """
@@ -26,8 +21,7 @@ def read_tensors(path):
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"no file {path}; expected a torch file of tensors; check the "
-                        "path") from None
+        raise UserError(f"no file {path}; expected a torch file; check the path") from None
     except Exception as error:    # a torn zip, another pickle: torch raises a dozen types
         raise UserError(f"{path} cannot be read as a torch file of tensors "
                         f"({type(error).__name__}); it may be torn or of another kind: download or "
@@ -163,14 +157,14 @@ def add_run_options(parser):
                         "folder of the authors' three files")
     group = parser.add_argument_group("in place of the run's own values (see train.py --help)")
     for name in ("data", "reader", "frame-rule", "device", "method"):
-        group.add_argument(f"--{name}", metavar="NAME")
+        group.add_argument(f"--{name}")
     for name in ("frames", "test-frames", "workers", "test-batch"):
-        group.add_argument(f"--{name}", metavar="N", type=int)
+        group.add_argument(f"--{name}", type=int)
     first = early(None, "checkpoint", "method")
     if first["checkpoint"] and not is_release(first["checkpoint"]):
         checkpoint = read_checkpoint(first["checkpoint"])
         method = load_method(method_of(checkpoint, first["method"]))
-        add_options(parser, method.Options, checkpoint["options"])
+        add_options(group, method.Options, checkpoint["options"])
 
 
 def is_release(path):
@@ -185,7 +179,9 @@ def load_run(path, given=None):
     if not path:
         raise UserError("no run; expected --checkpoint RUN; see --help")
     if is_release(path):
-        model, config = load_method("dinogrl").released(path)
+        from support.official import load_release    # which imports this file
+
+        model, config = load_release(load_method("dinogrl"), path)
         checkpoint = {"method": "dinogrl", "dataset": "", "classes": []}
     else:
         checkpoint = read_checkpoint(path)
@@ -195,6 +191,6 @@ def load_run(path, given=None):
         model = rebuild(method, options, config["size"], checkpoint, path)
     config |= {name: given[name] for name in config if name in given}
     if config["reader"] and "reader" not in given:
-        raise UserError(f"the run's --reader {config['reader']} is your own code; expected --reader "
+        raise UserError(f"the run's reader {config['reader']} is your own code; expected --reader "
                         'FILE.py:FUNCTION, or --reader "" for a dataset that needs none')
     return model.eval(), SimpleNamespace(**config), checkpoint

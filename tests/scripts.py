@@ -1,20 +1,13 @@
-"""The scripts as a user runs them, and what they leave.
-
-    run("train.py", "--data", ...)     in a process of its own -> its returncode, stdout, stderr
-    here("train.py", "--data", ...)    the same in this process, without the seconds of its start
-    succeeds(result), fails(result, *words)    exit code 0; 2 and one line that holds the words
-"""
-import importlib
+"""The scripts as a user runs them: run("train.py", "--data", ...) in a process of its own,
+here("train.py", "--data", ...) in this one, seconds sooner; and what they leave."""
 import io
 import json
+import runpy
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
-
-from support.options import cli
-from train import read_command_line
 
 import torch
 
@@ -22,8 +15,7 @@ ROOT = Path(__file__).parent.parent
 # Runs of a second: the small presets, smaller still.
 TINY = str.split(
     "--preset small --epochs 1 --steps 2 --identities 2 --frames 2 --mask-warmup 2 --workers 0 "
-    "--width 8 --dim 8 --dino-size 112 56 --code-size 16 8 --strides 1 1 1 1 "
-    "--gait-strides 1 1 1 1 --strips 1 2 4 8 16 --test-frames 0 --size 64 32")
+    "--width 4 --dim 8 --dino-size 112 56 --code-size 16 8 --size 64 32 --test-frames 0")
 TINY_LSMRL = str.split(
     "--method lsmrl --preset small --epochs 1 --steps 2 --identities 2 --frames 2 --size 32 16 "
     "--groups 2 --workers 0 --test-frames 0")
@@ -36,17 +28,16 @@ def run(*words, cwd=ROOT, env=None):
 
 
 def here(script, *words):
-    main = importlib.import_module(Path(script).stem).main
-    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    out, err, argv, code = io.StringIO(), io.StringIO(), sys.argv, 0
     sys.argv = [script, *map(str, words)]
     try:
         with redirect_stdout(out), redirect_stderr(err):
-            cli(main)
+            runpy.run_path(str(ROOT / script), run_name="__main__")
     except SystemExit as stop:
-        return SimpleNamespace(returncode=stop.code or 0, stdout=out.getvalue(),
-                               stderr=err.getvalue())
+        code = stop.code or 0
     finally:
         sys.argv = argv
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def succeeds(result):
@@ -63,7 +54,6 @@ def fails(result, *words):
 
 
 def tensors_of(folder):
-    """A run's checkpoint."""
     return torch.load(Path(folder) / "last.pt", weights_only=True)
 
 
@@ -73,15 +63,3 @@ def log_of(folder):
 
 def results_of(folder):
     return json.loads((Path(folder) / "results.json").read_text())
-
-
-def small_step(name):
-    """-> a network of six classes and a batch for it: frames, modality, label of four people, each
-    twice by day and twice by night. The same at each call."""
-    asked = read_command_line(OPTIONS[name])
-    torch.manual_seed(0)
-    model = asked.method(asked.options, 6, asked.config.size)
-    for parameter in model.parameters():    # what starts at zero would hide its gradient's way
-        parameter.data += 0.02 * torch.randn(parameter.shape)
-    frames = torch.randn(16, 2, 3, *asked.config.size)
-    return model, (frames, torch.arange(16) // 8, torch.tensor([0, 0, 1, 1, 3, 3, 5, 5] * 2))

@@ -4,10 +4,9 @@ wrong order there (see sasgl.smooth_loss)."""
 from pathlib import Path
 
 from evaluate import distances
-from golden import formula, official_keys
-from model import DinoGRL, identity_loss, triplet_loss
-from pbmge import PBMGE
+from model import identity_loss, triplet_loss
 from sasgl import diversity_loss, smooth_loss
+from support.weights import load_run
 
 import numpy as np
 import pytest
@@ -24,46 +23,36 @@ def agrees(name, value):
     assert error < 1e-4, f"{name}: relative deviation {error:.1e}"
 
 
-def standard_normal(random, shape):
-    return torch.from_numpy(random.standard_normal(shape).astype(np.float32))
+def standard_normal(seed, *shape):
+    numbers = np.random.RandomState(seed).standard_normal(shape)
+    return torch.from_numpy(numbers.astype(np.float32))
 
 
 @pytest.fixture(scope="module")
 def computed(official_files):
     """All that the network gives for one visible and one infrared tracklet of six frames."""
-    model, _ = DinoGRL.released(official_files)
+    model, _, _ = load_run(official_files)
     sasgl, seen = model.sasgl, {}
-    sasgl.register_forward_hook(lambda module, given, output: seen.update(codes=output[1]))
     sasgl.mask_branch.register_forward_hook(
         lambda module, given, mask: seen.update(pixels=given[0], mask=mask))
-    random = np.random.RandomState(60)
-    frames = torch.stack([standard_normal(random, (6, 3, 256, 128)) for _ in range(2)])
+    frames = standard_normal(60, 2, 6, 3, 256, 128)
     with torch.no_grad():
         embedding = model.embed(frames, torch.tensor([0, 1]))
         features = sasgl.features(frames[0, :1])
-        parts = model.streams_of(embedding)
-        return {**seen, "parts": parts, "embedding": embedding,
-                "features": [sasgl.upsampled(x)[0].flatten(0, 1) for x in features],
-                "logits": {name: model.streams[name].head(x) for name, x in parts.items()},
-                "loss_mask": sasgl.mask_branch.reconstruction_loss(seen["mask"], seen["pixels"])}
+    return {**seen, "model": model, "embedding": embedding, "codes": sasgl.seen,
+            "features": [sasgl.upsampled(x)[0].flatten(0, 1) for x in features],
+            "loss_mask": sasgl.mask_branch.reconstruction_loss(seen["mask"], seen["pixels"])}
 
 
-def test_features(computed):
+def test_sasgl(computed):
     last, mid4 = computed["features"]
     agrees("last1", last[::97, ::48])
     agrees("mid4", mid4[::97, ::192])
-
-
-def test_silhouettes_and_codes(computed):
     codes = computed["codes"]
     agrees("mask_probability", codes.mask[:, 0])
     agrees("foreground", codes.silhouette)
     agrees("denoising", codes.denoising.permute(0, 2, 3, 1)[::5, ::7, ::5])
     agrees("appearance_code", codes.appearance.permute(0, 2, 3, 1)[::5, ::7, ::5])
-
-
-def test_losses_of_sasgl(computed):
-    codes = computed["codes"]
     agrees("loss_mask", computed["loss_mask"])
     agrees("loss_smooth_mask", smooth_loss(codes.mask))    # a constant, not computed in training
     agrees("loss_smooth_part", smooth_loss(codes.denoising[:, :15]))
@@ -71,14 +60,13 @@ def test_losses_of_sasgl(computed):
 
 
 def test_embeddings_logits_and_distances(computed):
-    embedding = computed["embedding"]
-    assert embedding.shape == (2, 70, 256) and embedding.dtype == torch.float32
-    agrees("gait", embedding[:, :35].transpose(1, 2))
-    agrees("appearance", embedding[:, 35:].transpose(1, 2))
-    assert torch.equal(computed["parts"]["gait"], embedding[:, :35])
-    assert torch.equal(computed["parts"]["appearance"], embedding[:, 35:])
-    for name, logits in computed["logits"].items():
-        agrees(f"{name}_logits", logits.transpose(1, 2)[:, ::25])
+    model, embedding = computed["model"], computed["embedding"]
+    parts = {"gait": embedding[:, :35], "appearance": embedding[:, 35:]}
+    named = model.streams_of(embedding)
+    for name, own in parts.items():
+        assert torch.equal(named[name], own)
+        agrees(name, own.transpose(1, 2))
+        agrees(f"{name}_logits", model.streams[name].head(own).transpose(1, 2)[:, ::25])
     agrees("distance", distances(embedding, embedding))
 
 
@@ -91,17 +79,12 @@ def test_losses_of_a_stream():
     agrees("loss_identity", identity_loss(logits.transpose(1, 2), label))
 
 
-def test_pbmge_in_training():
-    pbmge = PBMGE(dim=256, strips=(1, 2, 4, 8, 16)).train()
+def test_pbmge_in_training(computed):
+    pbmge = computed["model"].pbmge.train()
     modules = {"enhance_shape_net_3": pbmge.enhance_gait,
                "enhance_app_net_3": pbmge.enhance_appearance}
-    for theirs, module in modules.items():
-        tensors = {key.removeprefix(f"{theirs}.").replace("g.0.", "g."): formula(key, shape)
-                   for key, shape in official_keys()["best_model2.pth"].items()
-                   if key.startswith(theirs)}
-        module.load_state_dict(tensors)
-    parts = [standard_normal(np.random.RandomState(seed), (8, 256, 31)) for seed in (61, 62)]
-    gait, appearance = pbmge(*(x.transpose(1, 2) for x in parts))
+    gait, appearance = pbmge(*(standard_normal(seed, 8, 256, 31).transpose(1, 2)
+                               for seed in (61, 62)))
     agrees("pbmge_train_gait", gait.transpose(1, 2)[:, :, 31:])
     agrees("pbmge_train_appearance", appearance.transpose(1, 2)[:, :, 31:])
     for theirs, module in modules.items():

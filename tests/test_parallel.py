@@ -3,29 +3,31 @@ import os
 from pathlib import Path
 
 import train
-from scripts import (
-    OPTIONS,
-    ROOT,
-    TINY,
-    here,
-    log_of,
-    results_of,
-    run,
-    small_step,
-    succeeds,
-    tensors_of,
-)
+from scripts import OPTIONS, ROOT, TINY, here, log_of, results_of, run, succeeds, tensors_of
 from support.options import cli
 from support.parallel import gathered, join, processes, shared
+from train import read_command_line
 
 import pytest
 import torch
 
 
+def small_step(words):
+    """-> the network of a command line of train.py, for six people, and a batch for it: frames,
+    modality, label of four people, each twice by day and twice by night. The same at each call."""
+    asked = read_command_line(words)
+    torch.manual_seed(0)
+    model = asked.method(asked.options, 6, asked.config.size)
+    for parameter in model.parameters():    # what starts at zero would hide its gradient's way
+        parameter.data += 0.02 * torch.randn(parameter.shape)
+    frames = torch.randn(16, 2, 3, *asked.config.size)
+    return model, (frames, torch.arange(16) // 8, torch.tensor([0, 0, 1, 1, 3, 3, 5, 5] * 2))
+
+
 def step(name):
     """A training step on a batch of four people, or on this process's two of them -> losses,
     gradients."""
-    model, (frames, modality, label) = small_step(name)
+    model, (frames, modality, label) = small_step(OPTIONS[name])
     model.eval()    # on a CPU each process has batch norms and dropout of its own, ...
     for part in model.whole_batch:    # ... but for these
         model.get_submodule(part).train()

@@ -1,4 +1,6 @@
 """PBMGE's sorted form against the paper's formulas: values, gradients, running statistics."""
+import itertools
+
 from pbmge import PBMGE, Enhance, enhance_as_written, prepare
 
 import pytest
@@ -54,31 +56,20 @@ def test_values_gradients_and_statistics_equal_the_literal_form(training):
     torch.testing.assert_close(sorted_form.state_dict(), literal.state_dict())
 
 
-def same_as_literal(module, query, source):
-    got = module(query, prepare(source), module.products())
-    torch.testing.assert_close(got, literal_enhance(module, query, source))
-
-
 def test_degenerate_affinities():
-    """alpha = 0 (either sign of zero), ties among the source's values, and thresholds equal to a
-    value."""
+    """Constant f (of either sign, or 0), ties among the source's values, thresholds equal to a
+    value, both signs of zero."""
     torch.manual_seed(1)
-    module = no_identity(Enhance(6)).double().eval()
-    with torch.no_grad():
-        for conv in (module.theta, module.phi):
-            conv.weight.zero_()    # f is constant: alpha = 0, beta = theta's bias . phi's bias
-    query = torch.randn(3, 6).double()
-    source = torch.tensor([[1.0, 1.0, -2.0, 0.0, 0.0, 1.0]]).double().expand(3, 6)
-    for sign in (1, -1):
-        module.theta.bias.data.copy_(sign * module.phi.bias.data)
-        same_as_literal(module, query, source)
-        same_as_literal(module, -0.0 * query, source)
-    with torch.no_grad():    # f_ij is 0 exactly at values of the source
-        for conv in (module.theta, module.phi):
-            conv.weight.fill_(1.0)
-            conv.bias.zero_()
-    whole = torch.tensor([[0.0, 1.0, -1.0, 2.0, -0.0, 3.0]]).double().expand(3, 6)
-    same_as_literal(module, whole, source)
+    module = no_identity(Enhance(6)).double().eval().requires_grad_(False)
+    source = torch.tensor([[0.0, 1.0, -1.0, 1.0, -0.0, 3.0]]).double()
+    for numbers in itertools.product((0.0, 1.0), (-1.0, 0.0, 1.0), repeat=2):
+        for conv, (weight, bias) in zip((module.theta, module.phi), (numbers[:2], numbers[2:]),
+                                        strict=True):
+            conv.weight.fill_(weight)
+            conv.bias.fill_(bias)
+        for query in (source, -0.0 * source):
+            got = module(query, prepare(source), module.products())
+            torch.testing.assert_close(got, literal_enhance(module, query, source))
 
 
 def test_starts_as_the_identity():
