@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from support.check import check, main_of
 from support.files import UserError, integers, parsed, read_json
 from support.footage import find_footage, normalise, read_frame
-from support.options import call_own, cli
+from support.options import cli, load_own
 
 import numpy as np
 import torch
@@ -180,7 +180,7 @@ def load_dataset(path, reader="", auxiliary=False, checked=True):
     """A folder -> Dataset. reader: FILE.py:FUNCTION of your own, path -> Dataset; checked: whether
     its first problem (support/check.py) is a UserError. Raises UserError."""
     if reader:
-        dataset = call_own("--reader", reader, path)
+        dataset = load_own("--reader", reader)(path)
     else:    # an unpacked archive has a folder of its own
         folders = [path, *sorted(glob.glob(os.path.join(glob.escape(path), "*", "")))]
         dataset = next(filter(None, (recognise(folder, auxiliary) for folder in folders)), None)

@@ -25,7 +25,7 @@ from dataclasses import replace
 
 from data import DIRECTIONS, Frames, chunks, load_dataset
 from support import parallel, pictures
-from support.files import UserError, write_json, write_log, write_picture
+from support.files import UserError, write_json, write_log
 from support.footage import normalise
 from support.options import Parser, cli, progress, typed
 from support.weights import add_run_options, load_run
@@ -65,10 +65,12 @@ def embed_tracklets(model, tracklets, config, rule="chunks", all_frames=False, s
     owner = torch.tensor([i for i, own in enumerate(clips_of) for _ in own])    # of each clip
     frames_of_clips = Frames(sum(clips_of, []), size=config.size, T=T, rule=rule)
     loader = torch.utils.data.DataLoader(
-        frames_of_clips, batch_size=config.test_batch, num_workers=config.workers,
-        pin_memory=model.device.type == "cuda", generator=torch.Generator(),
+        frames_of_clips,
+        batch_size=config.test_batch,
+        num_workers=config.workers,
+        pin_memory=model.device.type == "cuda",
+        generator=torch.Generator(),
         worker_init_fn=parallel.ignore_interrupts)
-
     batches = []
     for frames, modality, _ in progress(loader, "embedding"):
         frames = normalise(frames.to(model.device, non_blocking=True))
@@ -93,7 +95,7 @@ def distances(query, gallery):
     first, which changes no distance and saves float32 from cancellation."""
     if isinstance(query, dict):
         parts = {name: own.shape[1] for name, own in query.items()}
-        total = sum(parts[name] * distances(query[name], gallery[name]) for name in parts)
+        total = sum(n * distances(query[name], gallery[name]) for name, n in parts.items())
         return total / sum(parts.values())
     centres = gallery.mean(0)    # (P, D)
     return sum(torch.cdist(query[:, p] - centre, gallery[:, p] - centre)
@@ -109,12 +111,12 @@ def score(distance, match, valid):
                         "--precision float32")
     answered = np.flatnonzero((match & valid).any(1))
     blocks = np.array_split(answered, 1 + len(answered) // 256)    # memory stays small
-    first, AP, INP = np.concatenate([ranked(distance[rows], match[rows], valid[rows])
-                                     for rows in blocks], axis=1)
-    Q, G = len(answered), distance.shape[1]
-    results = {f"rank-{r}": float((first <= r).mean()) for r in RANKS if r <= G}
-    return results | {"mAP": float(AP.mean()), "mINP": float(INP.mean()), "queries": Q,
-                      "gallery": G}
+    scores = [ranked(distance[rows], match[rows], valid[rows]) for rows in blocks]
+    first, AP, INP = np.concatenate(scores, axis=1)
+    G = distance.shape[1]
+    ranks = {f"rank-{r}": float((first <= r).mean()) for r in RANKS if r <= G}
+    return {**ranks, "mAP": float(AP.mean()), "mINP": float(INP.mean()),
+            "queries": len(answered), "gallery": G}
 
 
 def ranked(distance, match, valid):
@@ -135,7 +137,8 @@ def rerank(distance, Q, k1=20, k2=6, weight=0.3):
     (N, N) of Q queries, then N - Q gallery tracklets -> (Q, N - Q). Memory: five times N * N
     floats."""
     N = len(distance)
-    d = (distance / np.maximum(distance.max(1, keepdims=True), 1e-6)) ** 2
+    farthest = distance.max(1, keepdims=True)
+    d = (distance / np.maximum(farthest, 1e-6)) ** 2
     nearest = distance.argsort(1, kind="stable")[:, :max(k1 + 1, k2)]
 
     def reciprocal(i, k):
@@ -146,17 +149,21 @@ def rerank(distance, Q, k1=20, k2=6, weight=0.3):
     V = np.zeros((N, N), np.float32)    # how much each one belongs to i's neighbourhood R*
     for i in range(N):
         R = reciprocal(i, k1)
-        halves = [reciprocal(j, round(k1 / 2)) for j in R]
-        joining = [half for half in halves if len(np.intersect1d(half, R)) > 2 / 3 * len(half)]
-        wide = np.unique(np.concatenate([R, *joining]))
-        V[i, wide] = np.exp(-d[i, wide])
+        members = [R]
+        for j in R:
+            half = reciprocal(j, round(k1 / 2))
+            if len(np.intersect1d(half, R)) > 2 / 3 * len(half):
+                members.append(half)
+        members = np.unique(np.concatenate(members))
+        V[i, members] = np.exp(-d[i, members])
     V /= V.sum(1, keepdims=True)
-    V = np.stack([V[nearest[i, :k2]].mean(0) for i in range(N)])    # local query expansion
+    V = np.stack([V[own].mean(0) for own in nearest[:, :k2]])    # local query expansion
     result = np.empty((Q, N - Q), np.float32)
     for q in range(Q):    # the Jaccard distance; rows of V sum to 1
         near = np.flatnonzero(V[q])
         minima = np.minimum(V[q, near], V[Q:, near]).sum(1)
-        result[q] = (1 - weight) * (1 - minima / (2 - minima)) + weight * d[q, Q:]
+        jaccard = 1 - minima / (2 - minima)
+        result[q] = (1 - weight) * jaccard + weight * d[q, Q:]
     return result
 
 
@@ -177,35 +184,43 @@ def labels_of(dataset, direction):
     """-> match, valid (Q, G): the same person?, does it count? The same person before the same
     camera is too easy: it does not count in HITSZ-VCM."""
     query, gallery = dataset.directions[direction]
-    pid, camera = (np.unique([str(label) for label in labels], return_inverse=True)[1]
-                   for labels in zip(*((t.pid, t.camera) for t in dataset.test), strict=True))
+    pid = np.array([str(t.pid) for t in dataset.test])
+    camera = np.array([str(t.camera) for t in dataset.test])
     match = pid[query][:, None] == pid[gallery]
-    same_camera = camera[query][:, None] == camera[gallery]
-    return match, ~(match & same_camera & dataset.ignore_same_camera)
+    if not dataset.ignore_same_camera:
+        return match, np.ones_like(match)
+    return match, ~(match & (camera[query][:, None] == camera[gallery]))
+
+
+def embed_test(model, dataset, config, all_frames):
+    """Each process embeds its share of the test tracklets -> embeddings, the silhouettes' overlaps
+    with the true masks; None in all processes but the first."""
+    rank, world = parallel.processes()
+    parallel.take_buffers_of_first(model)    # all use the batch norms of process 0
+    rule = config.frame_rule or dataset.frame_rule
+    share = np.array_split(np.arange(len(dataset.test)), world)[rank]
+    mine = [dataset.test[i] for i in share] or dataset.test[:1]
+    seen, ious = [], []
+    embeddings = embed_tracklets(model, mine, config, rule, all_frames, seen)
+    if seen and not all_frames:
+        T = config.test_frames or config.frames
+        frames_of = Frames(mine, size=config.size, T=T, rule=rule)
+        ious = pictures.ious(torch.cat(seen).split(T), frames_of, dataset.root)
+    own = per_stream(lambda x: x[:len(share)], embeddings)
+    collected = parallel.collect((own, ious))
+    if collected is None:
+        return None
+    embeddings, ious = zip(*collected, strict=True)
+    return per_stream(lambda *x: torch.cat(x), *embeddings), sum(ious, [])
 
 
 def evaluate(model, dataset, config, rerank=False, all_frames=False):
     """-> results (of both directions, of each stream alone, the silhouettes' IoU), {direction:
     (distance, match, valid)}, embeddings; in all processes but the first None."""
-    rank, world = parallel.processes()
-    parallel.take_buffers_of_first(model)    # all evaluate with the batch norms of process 0
-    rule = config.frame_rule or dataset.frame_rule
-    share = np.array_split(np.arange(len(dataset.test)), world)[rank]
-    mine = [dataset.test[i] for i in share] or dataset.test[:1]
-    seen = []
-    embeddings = embed_tracklets(model, mine, config, rule, all_frames, seen)
-    ious = []
-    if seen and not all_frames:
-        T = config.test_frames or config.frames
-        frames_of = Frames(mine, size=config.size, T=T, rule=rule)
-        ious = pictures.ious(torch.cat(seen).split(T), frames_of, dataset.root)
-    collected = parallel.collect((per_stream(lambda x: x[:len(share)], embeddings), ious))
-    if collected is None:
+    embedded = embed_test(model, dataset, config, all_frames)
+    if embedded is None:
         return None
-    shares, ious = zip(*collected, strict=True)
-    embeddings = per_stream(lambda *x: torch.cat(x), *shares)
-    ious = sum(ious, [])
-
+    embeddings, ious = embedded
     labels = {d: labels_of(dataset, d) for d in DIRECTIONS}
 
     def ranked_by(embeddings):
@@ -216,8 +231,9 @@ def evaluate(model, dataset, config, rerank=False, all_frames=False):
         return {d: score(*found[d]) for d in DIRECTIONS}
 
     found = ranked_by(embeddings)
-    streams = {name: scores(ranked_by(own)) for name, own in model.streams_of(embeddings).items()}
-    results = {"directions": scores(found), "streams": streams,
+    streams = model.streams_of(embeddings)
+    results = {"directions": scores(found),
+               "streams": {name: scores(ranked_by(own)) for name, own in streams.items()},
                "silhouette_iou": sum(ious) / len(ious) if ious else None}
     return results, found, embeddings
 
@@ -226,9 +242,10 @@ def table(results):
     """Results -> the table as text, in per cent: a row for each direction, below it one for each
     stream alone. Ranks beyond a gallery have no column."""
     whole, streams = results["directions"], results["streams"]
-    names = [name for name in (*(f"rank-{r}" for r in RANKS), "mAP", "mINP")
-             if all(name in r for r in whole.values())]
-    lines = [" " * 20 + "".join(f"{name:>9}" for name in (*names, "queries", "gallery"))]
+    first, second = whole.values()
+    names = [name for name in first if name in second and name not in ("queries", "gallery")]
+    heads = "".join(f"{name:>9}" for name in (*names, "queries", "gallery"))
+    lines = [" " * 20 + heads]
 
     def row(title, r):
         return f"{title:20}" + "".join(f"{100 * r[name]:9.2f}" for name in names)
@@ -245,28 +262,24 @@ def report(model, dataset, config, folder, log=(), head=None, **how):
     """Evaluate and print the table; write results.json and pictures into `folder` unless it is "".
     log: the run's, whose last line gets Rank-1 and mAP; head: more for results.json; how: of
     evaluate."""
-    start, head, drawn = time.time(), head or {}, {}
+    start, head = time.time(), head or {}
     found = evaluate(model, dataset, config, **how) if dataset.test else None
     if found:
         results, ranked, embeddings = found
         seconds = sum(line["seconds"] for line in log) + time.time() - start
         results = {**head, "dataset": dataset.name, **results, "seconds": round(seconds, 1)}
         print(f"\n{table(results)}\n", flush=True)
-        drawn["ranking"] = pictures.ranked_lists(model, dataset, ranked, embeddings, config.size)
         if log:
             log[-1] |= for_the_log(results["directions"])
             streams = results["streams"].items()
             log[-1]["streams"] = {name: for_the_log(own) for name, own in streams}
-    if folder and parallel.processes()[0] == 0:
-        if found:
+        if folder:
             write_json(os.path.join(folder, "results.json"), results)
-        drawn["sees"] = pictures.sheet(model, dataset, config.size, "trained_on" not in head)
+            pictures.write_ranking(folder, model, dataset, ranked, embeddings, config.size)
+    if folder and parallel.processes()[0] == 0:
+        pictures.write_sheets(folder, model, dataset, config.size, log, head)
         if log:
-            drawn["curves"] = pictures.draw_curves(log, f"{head['method']} on {dataset.name}")
             write_log(folder, log)
-        for name, picture in drawn.items():
-            if picture:
-                write_picture(os.path.join(folder, f"{name}.png"), picture)
     parallel.wait_for_all()
 
 
@@ -281,7 +294,6 @@ def main():
     parser.add_argument("--all-frames", action="store_true", help="every frame: slower, better")
     add_run_options(parser)
     given = typed(parser)
-    device = parallel.join(given.get("device", ""))
     model, config, trained = load_run(given.get("checkpoint", ""), given)
     dataset = load_dataset(config.data or os.path.join("runs", "walkers"), config.reader)
     if not dataset.test:
@@ -292,7 +304,7 @@ def main():
     if trained["dataset"] not in ("", dataset.name):
         head["trained_on"] = trained["dataset"]
         parallel.say(f"trained on {trained['dataset']}, tested on {dataset.name}")
-    report(model.to(device), dataset, config, given.get("out", ""), head=head, **how)
+    report(model, dataset, config, given.get("out", ""), head=head, **how)
     parallel.leave()
 
 

@@ -35,6 +35,7 @@ preset, the ablation switches, what pictures show.
 """
 import math
 from dataclasses import dataclass
+from functools import partial
 
 from support.clip import CLIP_MODELS, Attention, Block, Mlp, load_clip, prompt_of
 from support.files import UserError
@@ -72,18 +73,15 @@ def attend_basic(attention, x):
 
 def attend_grouped(attention, x, groups):
     """x (B, T, 1+N, D) -> its update: each of `groups` horizontal stripes attends over its patches
-    of all T frames and the T CLS tokens; CLS tokens attend over everything. [ours]
-
-    At T = 6, 18x9 patches and 6 stripes: 6 * 27 patches + 6 CLS = 168 tokens, as many as the 163 of
-    a frame alone."""
+    of all T frames and the T CLS tokens; CLS tokens attend over everything. [ours] At T = 6, 18x9
+    patches, 6 stripes: 6 * 27 patches + 6 CLS = 168 tokens, as many as the 163 of a frame alone."""
     B, T, _, D = x.shape
     cls, patches = x[:, :, 0], x[:, :, 1:]
     patches = patches.unflatten(2, (groups, -1))    # (B, T, G, n, D): a stripe's rows lie together
     patches = patches.transpose(1, 2).reshape(B * groups, -1, D)    # (B*G, T*n, D)
     every_cls = cls.repeat_interleave(groups, dim=0)    # (B*G, T, D)
     patches = attention(patches, torch.cat([every_cls, patches], dim=1))
-    patches = patches.view(B, groups, T, -1, D)
-    patches = patches.transpose(1, 2).flatten(2, 3)    # (B, T, N, D)
+    patches = patches.view(B, groups, T, -1, D).transpose(1, 2).flatten(2, 3)    # (B, T, N, D)
     cls = attention(cls, x.flatten(1, 2))[:, :, None]    # (B, T, 1, D)
     return torch.cat([cls, patches], dim=2)
 
@@ -91,11 +89,10 @@ def attend_grouped(attention, x, groups):
 def attend_shifted(attention, x, grid):
     """x (B, T, 1+N, D) -> its update: patches rolled in time, attention within the frame, rolled
     back; CLS stays. [after TPS]"""
-    cls, patches = x[:, :, :1], x[:, :, 1:]
-    rolled = torch.cat([cls, roll_patches(patches, grid)], dim=2)
-    update = attend_basic(attention, rolled)
-    cls, patches = update[:, :, :1], update[:, :, 1:]
-    return torch.cat([cls, roll_patches(patches, grid, sign=-1)], dim=2)
+    def rolled(x, sign):
+        return torch.cat([x[:, :, :1], roll_patches(x[:, :, 1:], grid, sign)], dim=2)
+
+    return rolled(attend_basic(attention, rolled(x, 1)), -1)
 
 
 def stfl(visual, frames, *, split, groups):
@@ -105,21 +102,15 @@ def stfl(visual, frames, *, split, groups):
     visual: CLIP's image side, whose blocks are used as they are: no new parameters. split: how many
     of them as basic, as spatial-temporal grouped and as temporal patch shift encoders, in this
     order. [paper; 8/2/2 ours]"""
-    x = visual.embed(frames.flatten(0, 1))
-    x = x.unflatten(0, frames.shape[:2])    # (B, T, 1+N, D)
-    basic, grouped, shifted = split
-    kinds = ["basic"] * basic + ["grouped"] * grouped + ["shifted"] * shifted
+    kinds = [attend_basic, partial(attend_grouped, groups=groups),
+             partial(attend_shifted, grid=visual.grid)]
+    kinds = [kind for kind, number in zip(kinds, split, strict=True) for _ in range(number)]
+    x = visual.embed(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])    # (B, T, 1+N, D)
     blocks = visual.transformer.resblocks
-    for kind, block in zip(kinds, blocks, strict=True):
-        y = block.ln_1(x)
-        if kind == "basic":
-            x = x + attend_basic(block.attn, y)
-        elif kind == "grouped":
-            x = x + attend_grouped(block.attn, y, groups)
-        else:
-            x = x + attend_shifted(block.attn, y, visual.grid)
+    for attend, block in zip(kinds, blocks, strict=True):
+        x = x + attend(block.attn, block.ln_1(x))
         if block is blocks[-1]:
-            x = x[:, :, :1]    # nobody reads the patches any more: they are spared the last MLP
+            x = x[:, :, :1]    # the patches are not read any more
         x = x + block.mlp(block.ln_2(x))
     return visual.ln_post(x[:, :, 0])
 
@@ -283,13 +274,12 @@ def classifier(dim, classes):
 
 
 class LSMRL(Method):
-    """The whole method, see Method. An idea of your own: subclass it and replace `pool` or an entry
-    of what `losses_of` returns."""
+    """The whole method, see Method. Replace `pool` or what `losses_of` returns in a subclass."""
     Options = Options
     recipe = {"epochs": 24, "optimizer": "AdamW", "lr": 2.5e-5, "weight_decay": 1e-4,
               "warmup_epochs": 3, "cosine": True, "size": (288, 144)}
-    # A laptop's CPU, minutes: a tiny CLIP that knows walkers by day and the words for what they
-    # wear. Many people, each seen a few times: it is to learn the night, not the people by heart.
+    # A tiny CLIP that knows walkers by day, and the words for what they wear. Many people, each
+    # seen a few times: it shall learn the night, not the people by heart.
     small = {"people": 320, "epochs": 4, "steps": 30, "identities": 32, "tracklets": 1, "frames": 2,
              "test_frames": 8, "evaluate_every": 2, "lr": 5e-4, "boost": 5.0, "warmup_epochs": 0,
              "size": (128, 64), "workers": 0, "erase": 0.0, "clip": "tiny", "split": (2, 1, 1),

@@ -14,11 +14,10 @@ import difflib
 import importlib
 import os
 import sys
-import traceback
 from dataclasses import field, fields
 from functools import partial
 
-from support.files import ROOT, UserError, in_short
+from support.files import ROOT, UserError
 
 from tqdm import tqdm
 
@@ -130,7 +129,7 @@ def fill(options_class, values):
 
 
 def load_own(what, name):
-    """FILE.py:NAME -> the file, and what it defines as NAME. It runs the file, whose folder is
+    """FILE.py:NAME -> what that file of yours defines as NAME. It runs the file, whose folder is
     searched for its own imports. what: the option, for errors. Raises UserError."""
     path, _, attribute = name.rpartition(":")
     path = os.path.abspath(path)
@@ -138,36 +137,14 @@ def load_own(what, name):
         raise UserError(f"{what} {name}: no such file; expected FILE.py:NAME of your own; check "
                         "the path")
     folder, file = os.path.split(path)
-    for where in (ROOT, folder):
-        if where not in sys.path:
-            sys.path.append(where)
-    module = in_file(what, name, path, importlib.import_module, file.removesuffix(".py"))
+    sys.path += [ROOT, folder]
+    module = importlib.import_module(file.removesuffix(".py"))
     if os.path.realpath(module.__file__ or "") != os.path.realpath(path):
         raise UserError(f"{what} {name}: another module has this name ({module.__file__}); give "
                         "your file another name")
     if not hasattr(module, attribute):
         raise UserError(f"{what} {name}: {path} does not define {attribute}; check the name")
-    return path, getattr(module, attribute)
-
-
-def in_file(what, name, path, function, argument):
-    """function(argument); what your own file at `path` raises becomes a UserError with its line."""
-    try:
-        return function(argument)
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == path]
-        where = f", line {lines[-1]}" if lines else ""
-        raise UserError(f"{what} {name}: {path}{where} raised {type(error).__name__}: "
-                        f"{in_short(error)}; mend it there") from error
-
-
-def call_own(what, name, argument):
-    """FILE.py:FUNCTION -> what that function of your own returns. Raises UserError."""
-    path, function = load_own(what, name)
-    return in_file(what, name, path, function, argument)
+    return getattr(module, attribute)
 
 
 def load_method(name):
@@ -178,7 +155,7 @@ def load_method(name):
     if ":" not in name:
         raise UserError(f"--method {name} is not known; expected {', '.join(METHODS)}, or "
                         "FILE.py:CLASS of your own")
-    _, method = load_own("--method", name)
+    method = load_own("--method", name)
     if getattr(method, "Options", None) is None:
         raise UserError(f"--method {name} has no Options; expected a class derived from DinoGRL, "
                         "LSMRL or Method")

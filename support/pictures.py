@@ -12,8 +12,10 @@ Quick question: which tracklets should a sheet show? (Evenly spaced ones, chosen
 is known. A sheet of the best ones would show what we hope for.)
 """
 import math
+import os
 from typing import NamedTuple
 
+from support.files import write_picture
 from support.footage import normalise, read_frame, true_masks
 
 import numpy as np
@@ -365,8 +367,8 @@ def frames_for(tracklet, size, number):
     return torch.stack([read_frame(frame, size) for frame in evenly(tracklet.frames, number)])
 
 
-def ranked_lists(model, dataset, found, embeddings, size):
-    """The nearest of four queries of each direction -> PIL image. found: of evaluate."""
+def write_ranking(folder, model, dataset, found, embeddings, size):
+    """ranking.png: the nearest of four queries of each direction. found: of evaluate."""
     rows = []
     for direction, (distance, match, valid) in found.items():
         query, gallery = dataset.directions[direction]
@@ -381,15 +383,15 @@ def ranked_lists(model, dataset, found, embeddings, size):
                                   bool(match[q, g]), strips))
             title = f"{direction}: {person_of(asked)}"
             rows.append(Row(title, frames_for(asked, size, 3), hits))
-    return draw_ranking(rows)
+    write_picture(os.path.join(folder, "ranking.png"), draw_ranking(rows))
 
 
 @torch.inference_mode()
-def sheet(model, dataset, size, is_home):
-    """Two people by night and by day as the model sees them (silhouettes and codes) or reads them
-    (LSMRL) -> PIL image, or None. is_home: was the model trained on this dataset?"""
+def write_sheets(folder, model, dataset, size, log, head):
+    """sees.png: two people by night and by day as the model sees them (silhouettes and codes) or
+    reads them (LSMRL). curves.png: the log, if there is one."""
     model.eval()
-    by_pid = {}
+    is_home, by_pid = "trained_on" not in head, {}
     for t in dataset.test or dataset.train:
         by_pid.setdefault(t.pid, {}).setdefault(t.modality, t)
     people = evenly([own for own in by_pid.values() if len(own) == 2], 2)
@@ -409,9 +411,12 @@ def sheet(model, dataset, size, is_home):
             if is_home:
                 sentences = [sentence_of(dataset, label, reads[label], size) for label in most]
             readings.append(Reading(title, frames, look, sentences))
-    if seen:
-        return draw_silhouettes(seen)
-    return draw_reading(readings) if readings else None
+    if seen or readings:
+        image = draw_silhouettes(seen) if seen else draw_reading(readings)
+        write_picture(os.path.join(folder, "sees.png"), image)
+    if log:
+        image = draw_curves(log, f"{head['method']} on {dataset.name}")
+        write_picture(os.path.join(folder, "curves.png"), image)
 
 
 def sentence_of(dataset, label, share, size):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 from support.files import UserError, in_short, read_log, write_atomic, write_log
 from support.options import add_options, early, fill, load_method
-from support.parallel import processes, random_states, restore_random_states
+from support.parallel import join, processes, random_states, restore_random_states
 
 import torch
 
@@ -179,7 +179,7 @@ def load_run(path, given=None):
     if not path:
         raise UserError("no run; expected --checkpoint RUN; see --help")
     if is_release(path):
-        from support.official import load_release    # which imports this file
+        from support.official import load_release
 
         model, config = load_release(load_method("dinogrl"), path)
         checkpoint = {"method": "dinogrl", "dataset": "", "classes": []}
@@ -193,4 +193,5 @@ def load_run(path, given=None):
     if config["reader"] and "reader" not in given:
         raise UserError(f"the run's reader {config['reader']} is your own code; expected --reader "
                         'FILE.py:FUNCTION, or --reader "" for a dataset that needs none')
-    return model.eval(), SimpleNamespace(**config), checkpoint
+    device = join(given.get("device", ""))
+    return model.eval().to(device), SimpleNamespace(**config), checkpoint

@@ -1,13 +1,10 @@
 """Tiny datasets on disk, in the layouts that data.py reads.
 
-    write_hitsz(root)    4 people to train on, 6 to test on, in HITSZ-VCM's layout
+    write_hitsz(root)    persons 1 and 2 to train on, 21 and 22 to test on, in HITSZ-VCM's layout
     write_hitsz(root, train=tracks((5, 9), each=6) + [("visible", 5, 12, 11)])
                          the last: 11 frames of person 5, seen by camera 12
-    write_bupt(root)     the same people in BUPTCampus' layout, and an auxiliary set
+    write_bupt(root)     the same people in BUPTCampus' layout, and person 11, auxiliary
     write_own(root, own("train", (1, 2)) | own("query", ["ann"], camera="D1/"))
-
-A picture is a coarse pattern of its person, gray and another one in infrared, with a little noise:
-training steps run on it, but what is learned means nothing.
 """
 import functools
 import json
@@ -21,7 +18,7 @@ from PIL import Image
 
 @functools.cache
 def picture(pid, modality, camera, number, size=(32, 16)):
-    """-> the bytes of a JPEG. size: height and width."""
+    """-> the bytes of a JPEG: a coarse pattern of the person, another in infrared, and noise."""
     infrared = modality == "infrared"
     coarse = np.random.default_rng([pid, infrared]).integers(40, 215, (4, 2, 1 if infrared else 3))
     noise = np.random.default_rng(crc32(f"{pid} {modality} {camera} {number}".encode()))
@@ -52,7 +49,7 @@ def write_hitsz(root, layout="standard", train=None, test=None, digits=(4, 1, 1,
     digits    the least number of digits of identity, camera, track and file name
     """
     root = Path(root)
-    splits = {"train": train or tracks((1, 2, 3, 4)), "test": test or tracks(range(21, 27))}
+    splits = {"train": train or tracks((1, 2), each=1), "test": test or tracks((21, 22), each=2)}
     info = root if layout == "flat" else root / "info"
     info.mkdir(parents=True, exist_ok=True)
     depth = {"standard": 1, "doubled": 2}.get(layout, 0)
@@ -88,45 +85,31 @@ def hitsz_rows(tracklets):
 
 # ------------------------------------------------------------ BUPTCampus ----
 
-def pairs(pids, each=4, frames=3):
-    """-> [(pid, camera, tracklet, frames)] for write_bupt: of each person `each` RGB/IR pairs."""
-    cameras = ("LS3", "G25", "CQ1", "W4", "TSG1", "TSG2")
-    return [(pid, cameras[i], "1", frames) for pid in pids for i in range(each)]
-
-
-def write_bupt(root, train=None, auxiliary=None, test=None):
-    """-> root, as a Path. gallery.txt holds all test tracklets; query.txt the first of each person,
-    RGB and IR by turns."""
+def write_bupt(root):
+    """-> root, as a Path. Of each person two RGB/IR pairs, of 3 frames. gallery.txt holds all test
+    tracklets; query.txt an RGB one of person 21 and an IR one of person 22."""
     root, paths = Path(root), {}
-    train = train or pairs((1, 2, 3, 4))
-    auxiliary = auxiliary or pairs((11, 12), each=2)
-    test = test or pairs(range(21, 27))
-    for row in [*train, *auxiliary, *test]:
-        write_pair(root / "DATA", paths, *row)
+    train, auxiliary, test = ([(pid, camera) for pid in pids for camera in ("LS3", "G25")]
+                              for pids in ((1, 2), (11,), (21, 22)))
+    for pid, camera in [*train, *auxiliary, *test]:
+        for modality, mode in ("visible", "RGB"), ("infrared", "IR"):
+            folder = f"{pid}/{mode}/{camera}"
+            files = [f"{folder}/{pid}_{mode}_{camera}_1_{n}.jpg" for n in (8500, 8505, 8510)]
+            (root / "DATA" / folder).mkdir(parents=True, exist_ok=True)
+            for file in files:
+                (root / "DATA" / file).write_bytes(picture(pid, modality, camera, file))
+            paths.setdefault(pid, {}).setdefault(mode, {})[camera] = {"1": files}
 
     def lines(rows, mode="RGB/IR"):
-        return [f"{pid} {mode} {camera} {tracklet}" for pid, camera, tracklet, _ in rows]
+        return [f"{pid} {mode} {camera} 1" for pid, camera in rows]
 
-    firsts = [row for i, row in enumerate(test) if row[0] not in {r[0] for r in test[:i]}]
     lists = {"train": lines(train), "train_auxiliary": lines(auxiliary),
-             "query": lines(firsts[::2], "RGB") + lines(firsts[1::2], "IR"),
+             "query": lines(test[:1], "RGB") + lines(test[2:3], "IR"),
              "gallery": lines(test, "RGB") + lines(test, "IR")}
     for name, rows in lists.items():
         (root / f"{name}.txt").write_text("\n".join(rows) + "\n")
     (root / "data_paths.json").write_text(json.dumps(paths))
     return root
-
-
-def write_pair(images, paths, pid, camera, tracklet, frames):
-    """The frames of a row of `pairs`, and its entries of data_paths.json."""
-    for modality, mode in ("visible", "RGB"), ("infrared", "IR"):
-        folder = f"{pid}/{mode}/{camera}"
-        (images / folder).mkdir(parents=True, exist_ok=True)
-        files = [f"{folder}/{pid}_{mode}_{camera}_{tracklet}_{8500 + i}.jpg" for i in range(frames)]
-        for i, file in enumerate(files):
-            (images / file).write_bytes(picture(pid, modality, camera, (tracklet, i)))
-        of_camera = paths.setdefault(str(pid), {}).setdefault(mode, {}).setdefault(camera, {})
-        of_camera[tracklet] = files
 
 
 def bupt_rows(tracklets):

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -119,45 +120,48 @@ def test_a_run_with_other_options_is_refused_and_an_equal_one_is_not_repeated(co
 # In place of train.py. Seed 3 fails while a file is there.
 FAKE = """
 import os, shutil, sys
-seed, folder = sys.argv[sys.argv.index("--seed") + 1], sys.argv[sys.argv.index("--run") + 1]
-if seed == "3" and os.path.exists("failing"):
+how = "--resume" if "--resume" in sys.argv else "--run"
+folder = sys.argv[sys.argv.index(how) + 1]
+name = os.path.basename(folder)
+if name == "a-seed3" and os.path.exists("failing"):
     sys.exit("error: no luck")
-print(seed, file=open("ran.txt", "a"))
-shutil.copytree(f"made/runs/compare/a-seed{seed}", folder)
+print(how, name, file=open("ran.txt", "a"))
+shutil.copytree(os.path.join("made", "runs", "compare", name), folder, dirs_exist_ok=True)
 """
 
 
-def test_goes_on_after_a_failure_and_ends_with_the_same_table(
+def test_goes_on_after_a_stop_and_ends_with_the_same_table(
         compared, walkers, tmp_path, monkeypatch):
+    """Seed 2 was stopped between its last epoch and the evaluation: its results are of an earlier
+    one. Seed 3 fails at first."""
     (tmp_path / "made").mkdir()
     monkeypatch.chdir(tmp_path / "made")
     leave(walkers, "a", "", [70, 72, 74])
     expected = cells(compared("a:"))
+    stopped = tmp_path / "runs" / "compare" / "a-seed2"
+    shutil.copytree("runs/compare/a-seed2", stopped)
+    [last] = log_of(stopped)
+    del last["rank-1"]
+    (stopped / "log.jsonl").write_text(json.dumps(last) + "\n")
+    (stopped / "results.json").write_text("{}")
+    (stopped / "last.pt").touch()
+
     monkeypatch.chdir(tmp_path)
     (tmp_path / "fake.py").write_text(FAKE)
     (tmp_path / "failing").touch()
     monkeypatch.setattr(train, "__file__", str(tmp_path / "fake.py"))
-    stopped = compared("--jobs", 2, "a:")
-    assert stopped.returncode == 2 and "no luck" in stopped.stderr
+    failed = compared("--jobs", 2, "a:")
+    assert failed.returncode == 2 and "no luck" in failed.stderr
     (tmp_path / "failing").unlink()
     assert cells(compared("a:")) == expected
-    assert sorted((tmp_path / "ran.txt").read_text().split()) == ["1", "2", "3"]
+    assert sorted((tmp_path / "ran.txt").read_text().splitlines()) == [
+        "--resume a-seed2", "--run a-seed1", "--run a-seed3"]
 
 
-def test_a_new_run_and_one_that_was_stopped_are_trained_to_their_end(compared, walkers):
-    """It was stopped between its last epoch and the evaluation; results.json is of an earlier
-    one."""
-    two = ["--data", walkers, *TINY_LSMRL, "--epochs", 2]
-    stopped, new = Path("runs", "compare", "a-seed1"), Path("runs", "compare", "b-seed1")
-    succeeds(here("train.py", "--run", stopped, *two))
-    first, last = log_of(stopped)
-    for name in "rank-1", "mAP", "streams":
-        del last[name]
-    (stopped / "log.jsonl").write_text(f"{json.dumps(first)}\n{json.dumps(last)}\n")
-    (stopped / "results.json").write_text("{}")
-    table = cells(compared(*two[2:], "--jobs", 2, "--seeds", 1, "a:", "b:"))
-    assert [row[0] for row in table[2:]] == ["a", "b"]
-    assert log_of(stopped)[0] == first
-    for folder in stopped, new:
-        assert tensors_of(folder)["epoch"] == 2 and log_of(folder)[1]["rank-1"]
-        assert results_of(folder)["directions"].keys() == set(DIRECTIONS)
+def test_a_real_run_is_trained_once(compared, monkeypatch):
+    words = [*TINY_LSMRL, "--seeds", 1, "a:"]
+    expected = cells(compared(*words))
+    [folder] = Path("runs", "compare").glob("*/")
+    assert tensors_of(folder)["epoch"] == 1 and results_of(folder)["dataset"] == "walkers"
+    monkeypatch.setattr(train, "__file__", "nowhere")
+    assert cells(compared(*words)) == expected

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 OFFICIAL = [name for name in DINOV2 if name.startswith("dinov2_")]
+PARAMETERS = {"vits14": 22_056_576, "vitb14": 86_580_480, "vitl14": 304_368_640}
 
 
 def official_shapes(name):
@@ -45,9 +46,10 @@ def test_every_variant_has_the_official_tensors(name):
         vit = DinoVisionTransformer(dim=dim, depth=depth, heads=heads, registers=registers)
     shapes = {key: tuple(tensor.shape) for key, tensor in vit.state_dict().items()}
     assert shapes == official_shapes(name)
-    if name == "dinov2_vits14":
-        assert len(shapes) == 175
-        assert sum(p.numel() for p in vit.parameters()) == 22_056_576
+    _, variant, *is_reg = name.split("_")
+    assert registers == 4 * len(is_reg) and dim == 64 * heads
+    number = sum(p.numel() for p in vit.parameters())
+    assert number == PARAMETERS[variant] + registers * dim
 
 
 def literal_tokens(vit, image):
@@ -64,12 +66,10 @@ def literal_tokens(vit, image):
 
 
 def literal_block(block, x):
-    """Tokens (L, 8) -> (L, 8), head by head."""
+    """Tokens (L, 8) -> (L, 8), by two heads of 4 dimensions."""
     q, k, v = block.attn.qkv(block.norm1(x)).split(8, dim=1)
-    heads = []
-    for s in (slice(0, 4), slice(4, 8)):
-        affinity = torch.softmax(q[:, s] @ k[:, s].t() / 2, dim=1)
-        heads.append(affinity @ v[:, s])
+    heads = [torch.softmax(q[:, s] @ k[:, s].t() / 2, dim=1) @ v[:, s]
+             for s in (slice(0, 4), slice(4, 8))]
     x = x + block.ls1.gamma * block.attn.proj(torch.cat(heads, dim=1))
     return x + block.ls2.gamma * block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x))))
 

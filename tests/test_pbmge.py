@@ -7,8 +7,7 @@ import pytest
 import torch
 
 
-def literal_enhance(module, query, source):
-    m = module
+def literal_enhance(m, query, source):
     return enhance_as_written(query, source, m.theta, m.phi, m.g, m.W1, m.W2)
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from PIL import ImageColor
 
-FIRST, SECOND = map(ImageColor.getrgb, pictures.COLOURS[:2])
+FIRST = ImageColor.getrgb(pictures.COLOURS[0])
 
 
 def plain(level):
     """A tracklet of two frames."""
-    return torch.full((2, 3, 16, 8), level, dtype=torch.uint8)
+    return torch.full((2, 3, 16, 8), level).byte()
 
 
 def runs(line, colour):
@@ -33,10 +33,8 @@ def test_a_ranked_list_shows_who_is_right_and_why():
     upper, lower = np.asarray(image)[[38, 70]]    # through the two strips of the first row
     borders = [tuple(upper[x]) for x in (10, 140, 270, 400)]
     assert borders == [pictures.BLACK, pictures.GREEN, pictures.RED, pictures.GREY]
-    assert runs(upper, pictures.GREEN) == [4, 4]
     assert runs(upper, FIRST) == [6, 11, 6]
     assert runs(lower, FIRST) == [1, 21, 1]
-    assert runs(upper, SECOND) == [11, 21, 11]
 
 
 def test_a_sheet_of_silhouettes():

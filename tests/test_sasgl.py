@@ -24,7 +24,8 @@ def test_choose_body_by_the_edge_rows():
     mask[2, 0, :5] = 1    # it has exactly half of the edge rows, not *more* than half
     mask[:, 1] = 1 - mask[:, 0]
     body = choose_body(mask)
-    assert torch.equal(body[0], mask[0, 1]) and torch.equal(body[1:], mask[1:, 0])
+    assert torch.equal(body[0], mask[0, 1])
+    assert torch.equal(body[1:], mask[1:, 0])
 
 
 def literal_silhouette(p):
@@ -50,15 +51,16 @@ def test_refine_edges_against_loops():
     silhouette = refine_edges(p)
     for frame, got in zip(p, silhouette, strict=True):
         assert torch.equal(got, literal_silhouette(frame))
-    on_edge = (silhouette > 0) & (silhouette < 1)
-    assert on_edge.any() and (silhouette == 1).any() and (silhouette == 0).any()
+    assert (silhouette == 0).any() and (silhouette == 1).any()
+    assert (silhouette % 1 > 0).any()    # edges
 
 
 def test_the_mask_bottleneck_gives_back_what_was_not_dropped():
     net = small_sasgl().train()
     codes, losses = net.encode(FRAMES)
-    error = net.mask_branch.up_sampling(codes.mask.permute(0, 2, 3, 1))
-    error = error - net.upsampled(net.features(FRAMES)[0])
+    given, _ = net.features(FRAMES)
+    returned = net.mask_branch.up_sampling(codes.mask.permute(0, 2, 3, 1))
+    error = returned - net.upsampled(given)
     torch.testing.assert_close(losses["mask"], error.square().mean())
     assert not torch.equal(net.encode(FRAMES)[0].mask, codes.mask)    # by chance half is dropped
     assert not codes.body.requires_grad
@@ -69,7 +71,8 @@ def test_codes_and_their_statistics_are_the_foreground_s_alone():
     codes, _ = net.encode(FRAMES)
     places = codes.silhouette != 0
     assert 0.02 < places.float().mean() < 0.98
-    pixels = net.upsampled(net.features(FRAMES)[1])[places]    # (M, 4D)
+    _, mid4 = net.features(FRAMES)
+    pixels = net.upsampled(mid4)[places]    # (M, 4D)
     branch = net.denoising_branch
     torch.testing.assert_close(branch.bn_s.running_mean, 0.1 * pixels.mean(0))
     torch.testing.assert_close(branch.bn_s.running_var, 0.9 + 0.1 * pixels.var(0))
@@ -86,8 +89,9 @@ def test_losses_are_weighted_and_those_of_the_code_leave_the_mask_alone(monkeypa
     monkeypatch.setattr(net, "encode", lambda frames: (codes, of_mask))
     _, losses = net(FRAMES.unflatten(0, (10, 2)))
     assert losses.keys() == {"mask", "smooth_part", "diversity"}
-    smooth, diversity = smooth_loss(codes.denoising[:, :15]), diversity_loss(codes.denoising)
+    smooth = smooth_loss(codes.denoising[:, :15])
     torch.testing.assert_close(losses["smooth_part"], 0.01 * smooth)
+    diversity = diversity_loss(codes.denoising)
     torch.testing.assert_close(losses["diversity"], 5 * diversity)
     (losses["diversity"] + codes.appearance.square().sum()).backward()
     assert all(p.grad is None for p in net.mask_branch.parameters())
@@ -100,12 +104,9 @@ def test_losses_are_weighted_and_those_of_the_code_leave_the_mask_alone(monkeypa
 def test_a_batch_with_few_foreground_pixels_trains_on(number, monkeypatch):
     net = small_sasgl().train()
     before = net.denoising_branch.bn_s.running_mean.clone()
-
-    def nearly_empty(body):
-        silhouette = torch.zeros_like(body)
-        silhouette[0, 3, 2:2 + number] = 1
-        return silhouette
-    monkeypatch.setattr(sasgl, "refine_edges", nearly_empty)
+    silhouette = torch.zeros(4, 16, 8)
+    silhouette[0, 3, 2:2 + number] = 1
+    monkeypatch.setattr(sasgl, "refine_edges", lambda body: silhouette)
     maps, losses = net(FRAMES[:4].unflatten(0, (2, 2)))
     (maps.square().mean() + sum(losses.values())).backward()
     assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None)
@@ -118,17 +119,14 @@ def test_a_fifth_of_the_tracklets_loses_one_code_in_training_only(training):
     net, seen = small_sasgl().train(training), []
     net.gait_net.register_forward_pre_hook(lambda module, given: seen.extend(given))
     net(FRAMES.unflatten(0, (10, 2)))
-    no_denoising, no_appearance = ((code.unflatten(0, (10, 2)) == 0).flatten(1).all(1)
-                                   for code in seen)
-    assert not (no_denoising & no_appearance).any()
-    assert (no_denoising | no_appearance).sum() == (2 if training else 0)
+    blanked = torch.stack(seen).unflatten(1, (10, 2)).sum((2, 3, 4, 5)) == 0    # (2, 10)
+    assert blanked.sum() == (2 if training else 0)
+    assert not blanked.all(0).any()
 
 
 def test_which_tracklets_and_which_code_is_chance():
     torch.manual_seed(0)
-    drawn = [sasgl.kept_codes(10) for _ in range(50)]
-    assert all((keep == 0).sum() == 2 and (keep.sum(0) >= 1).all() for keep in drawn)
-    blanked = sum(1 - keep for keep in drawn)
+    blanked = sum(1 - sasgl.kept_codes(10) for _ in range(50))    # (2, 10)
+    assert blanked.sum() == 100
     assert (blanked.sum(0) > 0).all()    # any tracklet
     assert (blanked.sum(1) > 20).all()    # either code
-    assert sasgl.kept_codes(2).all()    # a fifth of two rounds to none
