@@ -169,7 +169,7 @@ def recognise(path, auxiliary):
     for info in (os.path.join(path, "info"), path):
         if os.path.isfile(os.path.join(info, "track_train_info.txt")):
             return read_hitsz(path, info)
-    for root in (path, os.path.dirname(os.path.realpath(path))):    # of BUPTCampus, or its DATA
+    for root in (path, os.path.dirname(os.path.abspath(path))):    # of BUPTCampus, or its DATA
         if os.path.isfile(os.path.join(root, "data_paths.json")):
             return read_bupt(root, auxiliary)
     splits = (os.path.join(path, split) for split in ("train", "query", "gallery"))
@@ -184,7 +184,7 @@ def load_dataset(path, reader="", auxiliary=False, checked=True):
     else:    # an unpacked archive has a folder of its own
         folders = [path, *sorted(glob.glob(os.path.join(glob.escape(path), "*", "")))]
         dataset = next(filter(None, (recognise(folder, auxiliary) for folder in folders)), None)
-    if dataset is None:
+    if not isinstance(dataset, Dataset):
         raise UserError(f"no dataset in {path}; expected HITSZ-VCM, BUPTCampus, your own train/ "
                         "query/ gallery/ (docs/data.md), or --reader; search.py is for footage")
     if checked:
@@ -223,6 +223,8 @@ class Frames(torch.utils.data.Dataset):
     is an index (test), or (index, seed) (training): the seed decides which frames are drawn."""
 
     def __init__(self, tracklets, *, size, T, rule="chunks"):
+        if rule not in FRAME_RULES:
+            raise UserError(f"frame rule {rule}; expected one of {', '.join(FRAME_RULES)}")
         self.tracklets, self.size, self.T, self.rule = tracklets, size, T, rule
 
     def __len__(self):

@@ -63,7 +63,8 @@ def embed_tracklets(model, tracklets, config, rule="chunks", all_frames=False, s
     T = config.test_frames or config.frames
     clips_of = [clips(t, T) if all_frames else [t] for t in tracklets]
     owner = torch.tensor([i for i, own in enumerate(clips_of) for _ in own])    # of each clip
-    frames_of_clips = Frames(sum(clips_of, []), size=config.size, T=T, rule=rule)
+    every_clip = [clip for own in clips_of for clip in own]
+    frames_of_clips = Frames(every_clip, size=config.size, T=T, rule=rule)
     loader = torch.utils.data.DataLoader(
         frames_of_clips,
         batch_size=config.test_batch,
@@ -97,9 +98,10 @@ def distances(query, gallery):
         parts = {name: own.shape[1] for name, own in query.items()}
         total = sum(n * distances(query[name], gallery[name]) for name, n in parts.items())
         return total / sum(parts.values())
-    centres = gallery.mean(0)    # (P, D)
-    return sum(torch.cdist(query[:, p] - centre, gallery[:, p] - centre)
-               for p, centre in enumerate(centres)) / len(centres)
+    result = query.new_zeros(len(query), len(gallery))
+    for p, centre in enumerate(gallery.mean(0)):
+        result += torch.cdist(query[:, p] - centre, gallery[:, p] - centre)
+    return result / query.shape[1]
 
 
 def score(distance, match, valid):
@@ -139,7 +141,7 @@ def rerank(distance, Q, k1=20, k2=6, weight=0.3):
     N = len(distance)
     farthest = distance.max(1, keepdims=True)
     d = (distance / np.maximum(farthest, 1e-6)) ** 2
-    nearest = distance.argsort(1, kind="stable")[:, :max(k1 + 1, k2)]
+    nearest = distance.argsort(1, kind="stable")[:, :max(k1 + 1, k2)].copy()
 
     def reciprocal(i, k):
         """R(i, k): of i and its k nearest those that have i among theirs."""
@@ -291,10 +293,12 @@ def main():
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", metavar="DIR", help="write results.json and pictures there")
     parser.add_argument("--rerank", action="store_true", help="k-reciprocal re-ranking")
-    parser.add_argument("--all-frames", action="store_true", help="every frame: slower, better")
     add_run_options(parser)
     given = typed(parser)
     model, config, trained = load_run(given.get("checkpoint", ""), given)
+    if config.reader and "reader" not in given:
+        raise UserError(f"the run's reader {config.reader} is your own code; expected --reader "
+                        'FILE.py:FUNCTION, or --reader "" for a dataset that needs none')
     dataset = load_dataset(config.data or os.path.join("runs", "walkers"), config.reader)
     if not dataset.test:
         raise UserError(f"nothing to test on in {config.data}; expected query/ and gallery/, or a "

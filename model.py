@@ -248,7 +248,8 @@ class DinoGRL(Method):
 
     def streams_of(self, embeddings):
         sizes = [stream.n_parts for stream in self.streams.values()]
-        if isinstance(embeddings, dict) or embeddings.shape[1] != sum(sizes):    # a subclass's own
+        is_own = isinstance(embeddings, dict) or embeddings.shape[1] != sum(sizes)    # a subclass's
+        if is_own or len(sizes) < 2:
             return super().streams_of(embeddings)
         return dict(zip(self.streams, embeddings.split(sizes, dim=1), strict=True))
 
@@ -256,7 +257,7 @@ class DinoGRL(Method):
         """Which part of the body speaks for a match? The parts of the narrowest strips."""
         strips = self.options.strips
         first = sum(strips[:strips.index(max(strips))])
-        own = self.streams_of(values[None, :, None])    # {stream: (1, P, 1)}
+        own = self.streams_of(values[None, :, None])    # {stream: (1, P, 1)}; {} for one alone
         return {name: own[name][0, first:first + max(strips), 0]
                 for name in ("gait", "appearance") if name in own}
 

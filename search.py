@@ -7,11 +7,11 @@
                                                                | a block of rows at a time
     --query DIR -> the same -> (Q, parts, dim) -------> distances -> nearest -> ranked lists
 
-DIR holds a folder of frames for each tracklet (support/footage.py). Nobody needs to know who they
-show. From Python: load_run (support/weights.py), embed_images, see_images, distances.
+DIR holds a folder of frames for each tracklet (support/footage.py). From Python: load_run,
+embed_images, see_images and distances can all be imported from here.
 
-Quick question: is the first place the person who was asked for? (Not always. Some tracklet is the
-nearest even if that person is not in the gallery. Look at the frames before you believe it.)
+Quick question: is the first place the person who was asked for? (Not always: some tracklet is the
+nearest even if that person is not in the gallery.)
 """
 import os
 from pathlib import Path
@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 from data import INFRARED, MODALITIES, VISIBLE, Tracklet
 from evaluate import distances, embed_tracklets
-from support import parallel, pictures
+from support import pictures
 from support.files import UserError, read_json, write_atomic, write_json, write_picture
 from support.footage import find_footage, normalise, read_frame
 from support.options import Parser, cli, progress, typed
@@ -33,7 +33,9 @@ import torch
 def embed_images(model, config, tracklets, modality):
     """tracklets: N lists of frames in order; a frame is a path, a PIL image or a uint8 array
     (H, W, 3), RGB, or (H, W), of any size; all of one modality, "visible" or "infrared" ->
-    embeddings (N, parts, dim), float32 on the CPU; `distances` compares them."""
+    embeddings (N, parts, dim), float32 on the CPU; `distances` compares them. Raises UserError."""
+    if modality not in MODALITIES:
+        raise UserError(f"modality {modality!r}; expected {' or '.join(MODALITIES)}")
     config = SimpleNamespace(**{**vars(config), "workers": 0})    # images at hand need no process
     tracklets = [Tracklet(tuple(frames), None, None, modality) for frames in tracklets]
     return embed_tracklets(model, tracklets, config)
@@ -104,15 +106,12 @@ def open_gallery(model, config, given, how):
 
 def draw(found, queries, shown, size):
     """The first eight places of the first eight queries -> PIL image."""
-    def frames_of(paths):
-        return torch.stack([read_frame(path, size) for path in pictures.evenly(paths, 3)])
-
     rows = []
     for answer in found[:8]:
-        name = answer["query"]
-        hits = [pictures.Found(hit["tracklet"], frames_of(shown[hit["tracklet"]]), hit["distance"],
-                               right=None) for hit in answer["ranked"][:8]]
-        rows.append(pictures.Row(name, frames_of(queries[name].frames), hits))
+        hits = [pictures.Found(hit["tracklet"], pictures.frames_for(shown[hit["tracklet"]], size),
+                               hit["distance"], right=None) for hit in answer["ranked"][:8]]
+        frames = pictures.frames_for(queries[answer["query"]].frames, size)
+        rows.append(pictures.Row(answer["query"], frames, hits))
     return pictures.draw_ranking(rows)
 
 
@@ -126,7 +125,6 @@ def read_command_line():
     add("--query-modality", choices=MODALITIES, default=INFRARED, help=f"default: {INFRARED}")
     add("--gallery-modality", choices=MODALITIES, default=VISIBLE, help=f"default: {VISIBLE}")
     add("--top", metavar="N", type=int, default=10, help="places in each list; default: 10")
-    add("--all-frames", action="store_true", default=False, help="every frame: slower, better")
     add("--json", metavar="FILE", help="write the ranked lists there")
     add("--figure", metavar="FILE.png", help="draw the first eight places of eight queries")
     add_run_options(parser)
@@ -139,12 +137,9 @@ def read_command_line():
 
 def main():
     given = read_command_line()
-    device = parallel.join(given.get("device", ""))
-    given["reader"] = ""    # the run's own reader is not needed here
     model, config, trained = load_run(given.get("checkpoint", ""), given)
-    model.to(device)
     how = {"model": digest(model), "frames": config.test_frames or config.frames,
-           "frame_rule": config.frame_rule or "chunks", "all_frames": given["all_frames"]}
+           "frame_rule": config.frame_rule or "chunks", "all_frames": "all_frames" in given}
     if "query" in given:    # first: the shorter wait if something is wrong
         queries, query = embed_footage(model, config, given["query"], given["query_modality"], how)
     gallery, about = open_gallery(model, config, given, how)
@@ -155,7 +150,7 @@ def main():
         print("trained on walkers, who are drawn: this model knows nothing of real people")
 
     found = []
-    distances_and_places = nearest(query.to(device), gallery, given["top"])
+    distances_and_places = nearest(query.to(model.device), gallery, given["top"])
     for (name, t), *row in zip(queries.items(), *distances_and_places, strict=True):
         ranked = [{"tracklet": about["names"][place], "distance": distance.item()}
                   for distance, place in zip(*row, strict=True)]

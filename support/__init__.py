@@ -20,7 +20,7 @@ import ctypes
 import os
 
 # By default a waiting thread of torch spins. On a busy machine it takes the processor from the
-# thread that it waits for: training gets ten times slower. A passive thread sleeps, after a thousand
+# thread that it waits for: training gets ten times slower. A passive one sleeps, after a thousand
 # looks (docs/speed.md).
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
     os.environ.update(OMP_WAIT_POLICY="passive", GOMP_SPINCOUNT="1000")

@@ -68,7 +68,9 @@ def write_atomic(path, write):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         # torch.save hides a full disk behind a RuntimeError.
-        cause = error if isinstance(error, OSError) else error.__context__ or error
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
         raise UserError(f"{path} cannot be written ({in_short(cause)}); the file that was there is "
                         "untouched: free some space or choose another folder") from error
     finally:

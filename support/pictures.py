@@ -362,9 +362,9 @@ def person_of(tracklet):
     return f"{tracklet.camera or ''} person {tracklet.pid}".strip()
 
 
-def frames_for(tracklet, size, number):
-    """-> uint8 (number, 3, H, W), evenly taken."""
-    return torch.stack([read_frame(frame, size) for frame in evenly(tracklet.frames, number)])
+def frames_for(frames, size, number=3):
+    """Paths of frames -> uint8 (number, 3, H, W), evenly taken."""
+    return torch.stack([read_frame(frame, size) for frame in evenly(frames, number)])
 
 
 def write_ranking(folder, model, dataset, found, embeddings, size):
@@ -379,10 +379,10 @@ def write_ranking(folder, model, dataset, found, embeddings, size):
                 if torch.is_tensor(embeddings):
                     apart = embeddings[query[q]] - embeddings[gallery[g]]    # (parts, dim)
                     strips = model.strips_of(apart.norm(dim=1))
-                hits.append(Found(person_of(t), frames_for(t, size, 3), distance[q, g],
+                hits.append(Found(person_of(t), frames_for(t.frames, size), distance[q, g],
                                   bool(match[q, g]), strips))
             title = f"{direction}: {person_of(asked)}"
-            rows.append(Row(title, frames_for(asked, size, 3), hits))
+            rows.append(Row(title, frames_for(asked.frames, size), hits))
     write_picture(os.path.join(folder, "ranking.png"), draw_ranking(rows))
 
 
@@ -397,7 +397,7 @@ def write_sheets(folder, model, dataset, size, log, head):
     people = evenly([own for own in by_pid.values() if len(own) == 2], 2)
     seen, readings = [], []
     for t in (own[modality] for own in people for modality in ("infrared", "visible")):
-        title, frames = f"{t.modality} {person_of(t)}", frames_for(t, size, 4)
+        title, frames = f"{t.modality} {person_of(t)}", frames_for(t.frames, size, 4)
         normalised = normalise(frames.to(model.device))
         if model.sasgl is not None:
             codes, _ = model.sasgl.encode(normalised)

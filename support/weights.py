@@ -84,7 +84,7 @@ def read_checkpoint(path):
     if not keys <= checkpoint.keys():
         raise UserError(f"{path} is not a checkpoint of this version of train.py; expected a dict "
                         f"with {', '.join(sorted(keys))}: train again, or check out the version "
-                        "that wrote it; the authors' files go by --official DIR")
+                        "that wrote it")
     return checkpoint
 
 
@@ -95,8 +95,8 @@ def rebuild(method, options, size, checkpoint, path):
         if found != checkpoint["frozen"].get(name):
             raise UserError(f"{path} was trained with another {name}; expected the same frozen "
                             "network: give the file it was trained with")
-    frozen = {name: tensor for name, tensor in model.state_dict().items()
-              if name not in without_frozen(model)}
+    kept = without_frozen(model)
+    frozen = {name: tensor for name, tensor in model.state_dict().items() if name not in kept}
     load_strictly(model, {**frozen, **checkpoint["model"]}, path)
     return model
 
@@ -155,6 +155,7 @@ def add_run_options(parser):
     method's options."""
     parser.add_argument("--checkpoint", metavar="RUN", help="a run's folder, its last.pt, or the "
                         "folder of the authors' three files")
+    parser.add_argument("--all-frames", action="store_true", help="every frame: slower, better")
     group = parser.add_argument_group("in place of the run's own values (see train.py --help)")
     for name in ("data", "reader", "frame-rule", "device", "method"):
         group.add_argument(f"--{name}")
@@ -190,8 +191,5 @@ def load_run(path, given=None):
         options = fill(method.Options, checkpoint["options"] | given)
         model = rebuild(method, options, config["size"], checkpoint, path)
     config |= {name: given[name] for name in config if name in given}
-    if config["reader"] and "reader" not in given:
-        raise UserError(f"the run's reader {config['reader']} is your own code; expected --reader "
-                        'FILE.py:FUNCTION, or --reader "" for a dataset that needs none')
     device = join(given.get("device", ""))
     return model.eval().to(device), SimpleNamespace(**config), checkpoint

@@ -133,10 +133,9 @@ def ranking(Q, G, P=70, D=256):
 
 def reranking(N):
     """Half of N tracklets are queries. A dozen of each person, as in HITSZ-VCM."""
-    generator = torch.Generator().manual_seed(0)
-    people = torch.randn(N // 12 + 1, 2, 64, generator=generator)
-    person = torch.randint(len(people), (N,), generator=generator)
-    parts = people[person] + 0.7 * torch.randn(N, 2, 64, generator=generator)
+    torch.manual_seed(0)
+    people = torch.randn(N // 12 + 1, 2, 64)
+    parts = people[torch.randint(len(people), (N,))] + 0.7 * torch.randn(N, 2, 64)
     distance = distances(parts, parts).numpy()
     tracemalloc.start()
     rerank(distance, N // 2)
@@ -262,7 +261,7 @@ def network(tracklets, T, precisions):
     def embed(model):
         model.eval().embed(*batch[:2])
 
-    compare("embedding", f"paper's preset, {tracklets} tracklets of {T} frames",
+    compare("embedding", f"paper's preset, {tracklets} x {T} frames",
             partial(embed, model), partial(embed, plain), N)
     for precision in precisions:
         compare("training step", f"the same, {precision}",

@@ -255,6 +255,7 @@ def test_the_download_is_checked_and_cached_or_its_failure_told(openai, monkeypa
 
 def test_prompts_are_all_that_trains_of_the_text_side():
     model = small_model()
+    nn.init.normal_(model.prompts.words)
     sum(losses_of(model).values()).backward()
     close(model.bank, model.text_features().detach())
     trained = {name for name, p in model.named_parameters() if p.grad is not None}

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 SMALL = {"train_identities": 2, "test_identities": 2, "tracklets": 3, "height": 48, "cameras": 2}
 LITTLE = {"train_identities": 2, "test_identities": 6, "tracklets": 1, "height": 48, "cameras": 1}
-OPTIONS = "--identities 2 --test-identities 2 --tracklets 3 --height 48 --cameras 2".split()
+OPTIONS = str.split("--identities 2 --test-identities 2 --tracklets 3 --height 48 --cameras 2")
 
 
 @pytest.fixture(scope="module")
