@@ -5,10 +5,8 @@
         -> for each seed of each variant: python train.py ... --run OUT/NAME-seedN
         -> a table: mean ± standard deviation, and the paired difference to the first variant
 
-The same command continues after a stop. It recognises a run by its options alone: after a change of
-code or data, choose another --out. A paired difference compares two variants under the same seed:
-both have seen the same batches, so an easy seed helps both and cancels. Its 95 % confidence
-interval (Student's t) covers the luck of the seed; the test people are the same in all runs.
+The same command continues after a stop; after a change of code or data, choose another --out. Under
+one seed all variants see the same batches. The interval (95 %, Student's t) covers the seed's luck.
 
 Quick question: why does the interval of 3 seeds reach 4.3 standard errors to either side, not 2?
 (Three numbers give a poor estimate of their own spread. With 10 seeds the factor is 2.3.)
@@ -20,16 +18,17 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
 import train
-from support.files import UserError, in_short, write_picture
+from support.files import UserError, in_short, read_json, read_lines, read_log, write_picture
 from support.options import Parser, add_options, cli, fill, option
-from support.pictures import BLACK, COLOURS, GREY, Chart, Sheet, round_numbers
+from support.pictures import BLACK, COLOURS, Chart, Sheet
 
-RANK_1, IOU, ALONE, MINUS = "Rank-1", "IoU", " alone", " minus "
+RANK_1, MINUS = "Rank-1", " minus "
 # 97.5 % quantiles of Student's t with 1, 2, 3, ... degrees of freedom.
 T_QUANTILES = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
 
@@ -39,11 +38,11 @@ class Options:
     seeds: int = option(3, "seeds 1..N; 1 gives no interval, 3 a wide one")
     out: str = option("runs/compare", "folder of the runs")
     jobs: int = option(1, "runs at the same time, which share the CPU cores")
-    figure: str = option("", "FILE.png: draw every seed and the intervals")
+    figure: str = option("", "FILE.png: draw every seed and the means")
 
 
 def read_command_line():
-    """-> Options, {name of a folder: variant}. Draws walkers if need be. Raises UserError."""
+    """-> Options, {name of a folder: variant}. Raises UserError."""
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.usage = '%(prog)s [options of all runs] "NAME: OPTIONS of train.py" ...'
     add_options(parser, Options)
@@ -69,22 +68,20 @@ def read_command_line():
 
 def is_done(folder, variant, _seed):
     """Raises UserError if the folder holds a run with other options."""
-    config, log = folder / "config.json", folder / "log.jsonl"
-    if not config.exists():
+    if not (folder / "config.json").exists():
         return False
-    found = json.loads(config.read_text())
-    found = found.get("config", {}) | found.get("options", {})
-    wanted = vars(variant.config) | vars(variant.options)
-    wanted = json.loads(json.dumps(wanted))    # tuples become lists, as in config.json
+    stored = read_json(folder / "config.json")
+    found = stored["config"] | stored["options"]
+    # Tuples become lists, as in config.json.
+    wanted = json.loads(json.dumps(vars(variant.config) | vars(variant.options)))
     differ = {name for name in wanted if wanted[name] != found.get(name)} - {"seed", "workers"}
     if differ:
         raise UserError(f"{folder} holds another run ({', '.join(sorted(differ)[:3])} differ); "
                         "choose another --out or another name, or remove that folder")
     # An epoch that was evaluated has its Rank-1 in the log: is it the last one?
-    lines = log.read_text().splitlines() if log.exists() else []
-    last = json.loads(lines[-1]) if lines else {"epoch": 0, "rank-1": {}}
-    is_last = last["epoch"] == wanted["epochs"] and "rank-1" in last
-    return is_last and (folder / "results.json").exists()
+    return (folder / "results.json").exists() and all(
+        line["epoch"] == wanted["epochs"] and "rank-1" in line
+        for line in read_log(folder, wanted["epochs"])[-1:])
 
 
 def start(folder, variant, seed):
@@ -102,7 +99,7 @@ def start(folder, variant, seed):
 def finish(folder, process):
     """Wait for a run. Raises UserError if it failed."""
     if process.wait() != 0:
-        lines = ["", *Path(f"{folder}.log").read_text(errors="replace").splitlines()]
+        lines = ["", *read_lines(f"{folder}.log")]
         raise UserError(f"{folder} failed: {in_short(lines[-1])}; see {folder}.log, then try again")
     print(f"{folder} is done", file=sys.stderr)
 
@@ -118,10 +115,8 @@ def train_all(runs, jobs):
                 finish(*running[0])
                 del running[0]
             running.append((run[0], start(*run)))
-        for folder, process in running:
-            finish(folder, process)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; the same command continues") from None
+        for run in running:
+            finish(*run)
     finally:
         for _, process in running:    # after an error or Ctrl-C; a finished run ignores it
             process.terminate()
@@ -129,24 +124,23 @@ def train_all(runs, jobs):
 
 
 def rows_of(runs):
-    """-> {variant: {column: the figure of each seed}}: means of both directions, in per cent."""
+    """-> {variant: {column: the figure of each seed, in per cent}}."""
     def both(directions, score):
         return 100 * mean(scores[score] for scores in directions.values())
 
-    rows = {}
+    rows = defaultdict(lambda: defaultdict(list))
     for folder, variant, _ in runs:
-        results = json.loads((folder / "results.json").read_text())
+        results = read_json(folder / "results.json")
         figures = {RANK_1: both(results["directions"], "rank-1"),
                    "mAP": both(results["directions"], "mAP")}
         if results["silhouette_iou"] is not None:
-            figures[IOU] = results["silhouette_iou"]
-        alone = {name + ALONE: both(own, "rank-1") for name, own in results["streams"].items()}
+            figures["IoU"] = 100 * results["silhouette_iou"]
+        alone = {f"{name} alone": both(own, "rank-1") for name, own in results["streams"].items()}
         if alone:
             better = max(alone.values())
             figures |= alone | {"both minus the better stream": figures[RANK_1] - better}
-        row = rows.setdefault(variant.name, {})
         for column, figure in figures.items():
-            row.setdefault(column, []).append(figure)
+            rows[variant.name][column].append(figure)
     first, *others = rows
     for name in others:
         pairs = zip(rows[name][RANK_1], rows[first][RANK_1], strict=True)
@@ -154,22 +148,17 @@ def rows_of(runs):
     return rows
 
 
-def interval(values):
-    """-> their mean, and half the width of its 95 % interval; 0 for one seed, which has none."""
-    n = len(values)
-    quantile = T_QUANTILES[min(n, 10) - 2]    # more than 10 seeds: slightly too wide
-    return mean(values), quantile * stdev(values) / n ** 0.5 if n > 1 else 0
-
-
 def in_words(column, values):
-    """"71.2 ± 1.3", or "+1.2 (-0.3 to +2.7)" for a difference; for one seed the value alone."""
-    middle, half = interval(values)
-    if MINUS in column:
-        ends = f" ({middle - half:+.1f} to {middle + half:+.1f})" if len(values) > 1 else ""
-        return f"{middle:+.1f}{ends}"
-    digits = 3 if column == IOU else 1
-    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{middle:.{digits}f}{deviation}"
+    """"71.2 ± 1.3"; for a difference its 95 % interval too, "+1.2 (-0.3 to +2.7)"."""
+    n, middle = len(values), mean(values)
+    sign = "+" if MINUS in column else ""
+    if n == 1:
+        return f"{middle:{sign}.1f}"
+    if sign:
+        quantile = T_QUANTILES[min(n, 10) - 2]    # more than 10 seeds: slightly too wide
+        half = quantile * stdev(values) / n ** 0.5
+        return f"{middle:+.1f} ({middle - half:+.1f} to {middle + half:+.1f})"
+    return f"{middle:.1f} ± {stdev(values):.1f}"
 
 
 def table(rows):
@@ -182,34 +171,22 @@ def table(rows):
     words = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     command = shlex.join(["python", "compare.py", *sys.argv[1:]])
     return (f"{words}\nSeeds 1 to {len(row[RANK_1])}: `{command}`\n"
-            "Mean ± standard deviation; mean difference (95 % interval, from 2 seeds on).\n"
-            "If the interval contains 0, the difference is not significant.")
+            "Mean ± standard deviation; mean difference (95 % interval; with 0: not significant).")
 
 
 def draw(rows):
-    """-> PIL image. Left: Rank-1 of each seed (dots) and its mean (bars), also of streams alone.
-    Right: differences to the first variant and their intervals, grey if they contain 0."""
-    lines = [(name, column, values) for name, row in rows.items() for column, values in row.items()
-             if column == RANK_1 or column.endswith(ALONE)]
-    labels = ["", *(name if column == RANK_1 else column for name, column, _ in lines), ""]
+    """-> PIL image: Rank-1 of each seed (dots) and the mean (bars), also of streams alone."""
+    lines = [(name if column == RANK_1 else column, values) for name, row in rows.items()
+             for column, values in row.items() if column == RANK_1 or column.endswith("alone")]
+    labels = ["", *(label for label, _ in lines), ""]
     heights = range(-len(lines), 2)    # line i is at y = -i, between two empty ones
-    minus_first = f"{RANK_1}{MINUS}that of {labels[1]}"
-    intervals = {name: interval(row.get(minus_first, [0])) for name, row in rows.items()}
-    farthest = max(abs(middle) + half for middle, half in intervals.values())
-    sheet = Sheet(4300, 336 + 100 * len(heights), font_size=52)
-    left = Chart(sheet, 680, 2300, f"{RANK_1} (%) of each seed, and the mean", range(0, 101, 20),
-                 heights, lambda y: labels[1 - y])
-    right = Chart(sheet, 2500, 4120, f"{minus_first}, 95 % interval",
-                  round_numbers(-farthest, farthest), heights, lambda y: "")
-    for i, (name, column, values) in enumerate(lines):
+    sheet = Sheet(2600, 336 + 100 * len(heights), font_size=52)
+    chart = Chart(sheet, 680, 2400, f"{RANK_1} (%) of each seed, and the mean", range(0, 101, 20),
+                  heights, lambda y: labels[1 - y])
+    for i, (label, values) in enumerate(lines):
         for value in values:
-            left.dot(value, -i, COLOURS[column != RANK_1])
-        left.line([(mean(values), -i - 0.3), (mean(values), -i + 0.3)], BLACK, 12)
-        if column == RANK_1:
-            middle, half = intervals[name]
-            colour = COLOURS[0] if abs(middle) > half and len(values) > 1 else GREY
-            right.line([(middle - half, -i), (middle + half, -i)], colour, 12)
-            right.dot(middle, -i, colour, 20)
+            chart.dot(value, -i, COLOURS[label not in rows])
+        chart.line([(mean(values), -i - 0.3), (mean(values), -i + 0.3)], BLACK, 12)
     return sheet.image.reduce(2)
 
 

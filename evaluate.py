@@ -6,7 +6,7 @@
     test tracklets -> embed_tracklets -> (N, parts, dim) --+-- infrared->visible: distances -> score
                                                            +-- visible->infrared: roles swapped
                                                            +-- each stream alone: the same
-From Python: see search.py.
+From Python, and in your own footage: see search.py.
 
 The distance of two tracklets is the mean over parts of the Euclidean distance. A tie counts against
 the query, so constant embeddings score as badly as they should. AP is the mean of the precision at
@@ -28,7 +28,7 @@ from support import parallel, pictures
 from support.files import UserError, write_json, write_log
 from support.footage import normalise
 from support.options import Parser, cli, progress, typed
-from support.weights import add_run_options, load_run
+from support.weights import add_run_options, check_reader, load_run
 
 import numpy as np
 import torch
@@ -72,6 +72,7 @@ def embed_tracklets(model, tracklets, config, rule="chunks", all_frames=False, s
         pin_memory=model.device.type == "cuda",
         generator=torch.Generator(),
         worker_init_fn=parallel.ignore_interrupts)
+
     batches = []
     for frames, modality, _ in progress(loader, "embedding"):
         frames = normalise(frames.to(model.device, non_blocking=True))
@@ -123,7 +124,8 @@ def score(distance, match, valid):
 
 def ranked(distance, match, valid):
     """-> rank of the first hit, average precision, inverse negative penalty: (3, Q)."""
-    order = np.lexsort((match, distance))    # by distance; of equal ones the wrong ones first
+    # By distance; of equal ones the wrong ones first.
+    order = np.lexsort((match, distance))
     hit = np.take_along_axis(match & valid, order, 1)
     rank = np.take_along_axis(valid, order, 1).cumsum(1)    # among those that count
     hits = hit.cumsum(1)
@@ -139,6 +141,7 @@ def rerank(distance, Q, k1=20, k2=6, weight=0.3):
     (N, N) of Q queries, then N - Q gallery tracklets -> (Q, N - Q). Memory: five times N * N
     floats."""
     N = len(distance)
+    # Each row is divided by its own largest distance.
     farthest = distance.max(1, keepdims=True)
     d = (distance / np.maximum(farthest, 1e-6)) ** 2
     nearest = distance.argsort(1, kind="stable")[:, :max(k1 + 1, k2)].copy()
@@ -148,7 +151,8 @@ def rerank(distance, Q, k1=20, k2=6, weight=0.3):
         forward = nearest[i, :k + 1]
         return forward[(nearest[forward, :k + 1] == i).any(1)]
 
-    V = np.zeros((N, N), np.float32)    # how much each one belongs to i's neighbourhood R*
+    # V[i, j]: how much does j belong to the neighbourhood of i, R*(i, k1)?
+    V = np.zeros((N, N), np.float32)
     for i in range(N):
         R = reciprocal(i, k1)
         members = [R]
@@ -159,9 +163,12 @@ def rerank(distance, Q, k1=20, k2=6, weight=0.3):
         members = np.unique(np.concatenate(members))
         V[i, members] = np.exp(-d[i, members])
     V /= V.sum(1, keepdims=True)
-    V = np.stack([V[own].mean(0) for own in nearest[:, :k2]])    # local query expansion
+    # Local query expansion: the mean over the k2 nearest.
+    V = np.stack([V[own].mean(0) for own in nearest[:, :k2]])
+
+    # The Jaccard distance of two rows of V, each of which sums to 1.
     result = np.empty((Q, N - Q), np.float32)
-    for q in range(Q):    # the Jaccard distance; rows of V sum to 1
+    for q in range(Q):
         near = np.flatnonzero(V[q])
         minima = np.minimum(V[q, near], V[Q:, near]).sum(1)
         jaccard = 1 - minima / (2 - minima)
@@ -189,9 +196,8 @@ def labels_of(dataset, direction):
     pid = np.array([str(t.pid) for t in dataset.test])
     camera = np.array([str(t.camera) for t in dataset.test])
     match = pid[query][:, None] == pid[gallery]
-    if not dataset.ignore_same_camera:
-        return match, np.ones_like(match)
-    return match, ~(match & (camera[query][:, None] == camera[gallery]))
+    same_camera = camera[query][:, None] == camera[gallery]
+    return match, ~(match & same_camera & dataset.ignore_same_camera)
 
 
 def embed_test(model, dataset, config, all_frames):
@@ -203,11 +209,14 @@ def embed_test(model, dataset, config, all_frames):
     share = np.array_split(np.arange(len(dataset.test)), world)[rank]
     mine = [dataset.test[i] for i in share] or dataset.test[:1]
     seen, ious = [], []
+
     embeddings = embed_tracklets(model, mine, config, rule, all_frames, seen)
     if seen and not all_frames:
         T = config.test_frames or config.frames
         frames_of = Frames(mine, size=config.size, T=T, rule=rule)
         ious = pictures.ious(torch.cat(seen).split(T), frames_of, dataset.root)
+
+    # All shares, in order, in process 0.
     own = per_stream(lambda x: x[:len(share)], embeddings)
     collected = parallel.collect((own, ious))
     if collected is None:
@@ -223,20 +232,18 @@ def evaluate(model, dataset, config, rerank=False, all_frames=False):
     if embedded is None:
         return None
     embeddings, ious = embedded
-    labels = {d: labels_of(dataset, d) for d in DIRECTIONS}
 
-    def ranked_by(embeddings):
-        return {d: (distance_of(dataset, d, embeddings, model.device, rerank), *labels[d])
-                for d in DIRECTIONS}
-
-    def scores(found):
-        return {d: score(*found[d]) for d in DIRECTIONS}
-
-    found = ranked_by(embeddings)
-    streams = model.streams_of(embeddings)
-    results = {"directions": scores(found),
-               "streams": {name: scores(ranked_by(own)) for name, own in streams.items()},
-               "silhouette_iou": sum(ious) / len(ious) if ious else None}
+    # Both directions, by the whole embedding and by each stream alone.
+    found, directions, streams = {}, {}, {}
+    for d in DIRECTIONS:
+        labels = labels_of(dataset, d)
+        found[d] = distance_of(dataset, d, embeddings, model.device, rerank), *labels
+        directions[d] = score(*found[d])
+        for name, own in model.streams_of(embeddings).items():
+            distance = distance_of(dataset, d, own, model.device, rerank)
+            streams.setdefault(name, {})[d] = score(distance, *labels)
+    iou = sum(ious) / len(ious) if ious else None
+    results = {"directions": directions, "streams": streams, "silhouette_iou": iou}
     return results, found, embeddings
 
 
@@ -245,12 +252,11 @@ def table(results):
     stream alone. Ranks beyond a gallery have no column."""
     whole, streams = results["directions"], results["streams"]
     first, second = whole.values()
-    names = [name for name in first if name in second and name not in ("queries", "gallery")]
-    heads = "".join(f"{name:>9}" for name in (*names, "queries", "gallery"))
-    lines = [" " * 20 + heads]
+    names = [name for name in first if name in second]    # the last two are numbers
+    lines = [" " * 20 + "".join(f"{name:>9}" for name in names)]
 
     def row(title, r):
-        return f"{title:20}" + "".join(f"{100 * r[name]:9.2f}" for name in names)
+        return f"{title:20}" + "".join(f"{100 * r[name]:9.2f}" for name in names[:-2])
 
     for direction, r in whole.items():
         lines.append(row(direction, r) + f"{r['queries']:9,}{r['gallery']:9,}")
@@ -260,25 +266,25 @@ def table(results):
     return "\n".join(lines)
 
 
-def report(model, dataset, config, folder, log=(), head=None, **how):
+def report(model, dataset, config, folder, head, log=(), **how):
     """Evaluate and print the table; write results.json and pictures into `folder` unless it is "".
     log: the run's, whose last line gets Rank-1 and mAP; head: more for results.json; how: of
     evaluate."""
-    start, head = time.time(), head or {}
+    start = time.time()
     found = evaluate(model, dataset, config, **how) if dataset.test else None
     if found:
         results, ranked, embeddings = found
         seconds = sum(line["seconds"] for line in log) + time.time() - start
         results = {**head, "dataset": dataset.name, **results, "seconds": round(seconds, 1)}
         print(f"\n{table(results)}\n", flush=True)
-        if log:
-            log[-1] |= for_the_log(results["directions"])
-            streams = results["streams"].items()
-            log[-1]["streams"] = {name: for_the_log(own) for name, own in streams}
         if folder:
             write_json(os.path.join(folder, "results.json"), results)
-            pictures.write_ranking(folder, model, dataset, ranked, embeddings, config.size)
+            pictures.write_ranking(folder, dataset, ranked, config.size)
     if folder and parallel.processes()[0] == 0:
+        if found and log:
+            log[-1] |= for_the_log(results["directions"])
+            log[-1]["streams"] = {name: for_the_log(own)
+                                  for name, own in results["streams"].items()}
         pictures.write_sheets(folder, model, dataset, config.size, log, head)
         if log:
             write_log(folder, log)
@@ -296,9 +302,7 @@ def main():
     add_run_options(parser)
     given = typed(parser)
     model, config, trained = load_run(given.get("checkpoint", ""), given)
-    if config.reader and "reader" not in given:
-        raise UserError(f"the run's reader {config.reader} is your own code; expected --reader "
-                        'FILE.py:FUNCTION, or --reader "" for a dataset that needs none')
+    check_reader(config, given)
     dataset = load_dataset(config.data or os.path.join("runs", "walkers"), config.reader)
     if not dataset.test:
         raise UserError(f"nothing to test on in {config.data}; expected query/ and gallery/, or a "
@@ -308,7 +312,7 @@ def main():
     if trained["dataset"] not in ("", dataset.name):
         head["trained_on"] = trained["dataset"]
         parallel.say(f"trained on {trained['dataset']}, tested on {dataset.name}")
-    report(model, dataset, config, given.get("out", ""), head=head, **how)
+    report(model, dataset, config, given.get("out", ""), head, **how)
     parallel.leave()
 
 

@@ -17,14 +17,13 @@ The paper's abstract (arXiv 2601.12062) names the modules and what each is for; 
 are not public. So each choice is marked: [paper] the abstract says so, [after X] it follows a
 public predecessor, [ours] otherwise.
 
-- [paper] CLIP as backbone with minimal changes; STFL's three encoders; modality-shared prompts; SD
-  before CMI; identity-level losses and two modality-level ones, for discrimination and for
-  generalisation to unseen categories.
-- [after VLD] (2025) ViT-B/16 at 288x144, positions resized bilinearly; classifiers, soft-margin
-  weighted triplets; z and f side by side at test; video-to-text cross-entropy times 0.08 on plain
-  dot products; optimizer and schedule. [after CLIP-ReID] (AAAI 2023) four words per identity.
-- [after TPS] (ECCV 2022) the patch shift and its table. [after X-ReID] (AAAI 2026) CMI in training
-  only, over both modalities' tokens in one row, and the consistency loss.
+- [paper] CLIP with minimal changes; STFL's three encoders; modality-shared prompts; SD before CMI;
+  identity-level losses and two modality-level ones, for discrimination and for generalisation to
+  unseen categories.
+- [after VLD] (2025) ViT-B/16 at 288x144; classifiers, soft-margin weighted triplets; z and f side
+  by side at test; video-to-text cross-entropy times 0.08 on plain dot products; the recipe. [after
+  CLIP-ReID] (AAAI 2023) four words per identity. [after TPS] (ECCV 2022) the patch shift. [after
+  X-ReID] (AAAI 2026) CMI in training only, tokens in one row, and the consistency loss.
 
 Quick question: why does SD read a bank of all training identities' sentences, and not the person's
 own? (At test the person is unknown. The bank is a vocabulary: a stranger is described in the words
@@ -97,11 +96,9 @@ def attend_shifted(attention, x, grid):
 
 def stfl(visual, frames, *, split, groups):
     """Spatial-temporal feature learning: frames (B, T, 3, H, W) -> tokens (B, T, D), one a frame:
-    CLIP's CLS tokens after ln_post.
-
-    visual: CLIP's image side, whose blocks are used as they are: no new parameters. split: how many
-    of them as basic, as spatial-temporal grouped and as temporal patch shift encoders, in this
-    order. [paper; 8/2/2 ours]"""
+    CLIP's CLS tokens after ln_post. visual: CLIP's image side, whose blocks are used as they are.
+    split: how many of them as basic, as spatial-temporal grouped and as temporal patch shift
+    encoders. [paper; 8/2/2 ours]"""
     kinds = [attend_basic, partial(attend_grouped, groups=groups),
              partial(attend_shifted, grid=visual.grid)]
     kinds = [kind for kind, number in zip(kinds, split, strict=True) for _ in range(number)]
@@ -329,8 +326,7 @@ class LSMRL(Method):
         return stfl(self.clip.visual, frames, split=split, groups=groups)
 
     def features(self, frames, bank):
-        """frames (B, T, 3, H, W), bank (C, d) -> tokens (B, T, D), sequence features z (B, D) and
-        f (B, d), float32."""
+        """frames, bank (C, d) -> tokens (B, T, D), z (B, D) and f (B, d), float32."""
         tokens = self.tokens(frames)
         if self.sd is not None:
             tokens = self.sd(tokens, bank)
@@ -344,8 +340,7 @@ class LSMRL(Method):
         return tokens.mean(1)
 
     def embed(self, frames, modality):
-        """frames (B, T, 3, H, W), modality (B,), not used -> (B, 1, D + d) float32, z and f of
-        length 1 each."""
+        """-> (B, 1, D + d) float32: z and f, of length 1 each. modality: not used."""
         _, z, f = self.features(frames, self.bank)
         return side_by_side(z, f)[:, None]
 
@@ -376,8 +371,6 @@ class LSMRL(Method):
         return dict(zip("zf", embeddings.split(sizes, dim=2), strict=True))
 
     def forward(self, frames, modality, label):
-        """Training step: -> named losses (weighted: the total is their sum), and what the progress
-        bar shows."""
         modality = modality.to(label.device, non_blocking=True)
         text = None    # if SD is off and the text loss too, nobody reads it
         if self.sd is not None or self.options.text:

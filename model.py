@@ -211,19 +211,22 @@ class DinoGRL(Method):
                             "each granularity, such as 1 2 4 8 16")
         refined = len(o.strips) - 1 if o.gait and o.pbmge else 0
         appearance = AppearanceStream(o, classes, size, refined)
-        gait = GaitStream(o, classes, self.prior(), refined) if o.gait else None
-        both = {"gait": gait, "appearance": appearance}
-        self.streams = nn.ModuleDict({name: stream for name, stream in both.items() if stream})
-        self.pbmge = PBMGE(dim=o.dim, strips=o.strips) if refined else None
-        if gait:
+        streams = {"appearance": appearance}
+        if o.gait:    # its parts come first, as in the release
+            streams = {"gait": GaitStream(o, classes, self.prior(), refined), **streams}
             self.frozen = ("streams.gait.sasgl.prior",)
             self.warm_up_module = "streams.gait.sasgl.mask_branch"
-            self.warm_up_steps, self.warm_up_lr = o.mask_warmup * (not o.mask_branch), o.mask_lr
+            self.warm_up_steps = 0 if o.mask_branch else o.mask_warmup
+            self.warm_up_lr = o.mask_lr
+        self.streams = nn.ModuleDict(streams)
+        self.pbmge = PBMGE(dim=o.dim, strips=o.strips) if refined else None
         if pretrained and o.resnet_weights != "random":
-            stages = [appearance.backbone] + ([self.sasgl.gait_net.backbone] if gait else [])
+            stages = [appearance.backbone]
+            if o.gait:
+                stages.append(self.sasgl.gait_net.backbone)
             load_resnet50(o.resnet_weights, [appearance.visible_stem, appearance.infrared_stem],
                           stages)
-        if pretrained and gait and o.mask_branch:
+        if pretrained and o.gait and o.mask_branch:
             load_mask_branch(self.sasgl.mask_branch, o.mask_branch)
 
     def prior(self):
@@ -235,8 +238,8 @@ class DinoGRL(Method):
         (B, P, D)}, the streams' own losses."""
         parts, losses = {}, {}
         for name, stream in self.streams.items():
-            parts[name], own = stream(frames, modality)
-            losses |= own
+            parts[name], own_losses = stream(frames, modality)
+            losses |= own_losses
         if self.pbmge is not None:
             parts["gait"], parts["appearance"] = self.pbmge(parts["gait"], parts["appearance"])
         return parts, losses
@@ -252,14 +255,6 @@ class DinoGRL(Method):
         if is_own or len(sizes) < 2:
             return super().streams_of(embeddings)
         return dict(zip(self.streams, embeddings.split(sizes, dim=1), strict=True))
-
-    def strips_of(self, values):
-        """Which part of the body speaks for a match? The parts of the narrowest strips."""
-        strips = self.options.strips
-        first = sum(strips[:strips.index(max(strips))])
-        own = self.streams_of(values[None, :, None])    # {stream: (1, P, 1)}; {} for one alone
-        return {name: own[name][0, first:first + max(strips), 0]
-                for name in ("gait", "appearance") if name in own}
 
     def losses_of(self, parts, logits, label, modality):
         """One stream's named losses, weighted. The place for a loss of your own: parts (B, P, D),
@@ -295,18 +290,16 @@ class DinoGRL(Method):
 
 
 def main():
-    """The small preset's network on a few walkers: its losses, sizes and embedding."""
+    """The small preset's network on a few walkers: its losses and its embedding."""
     from support.options import fill
     from walkers import sample
 
     torch.manual_seed(1)
     model = DinoGRL(fill(Options, DinoGRL.small), classes=4, size=(128, 64))
     frames, modality, label = sample(people=4, T=3)
-    for name, loss in model(normalise(frames), modality, label)[0].items():
+    losses, _ = model(normalise(frames), modality, label)
+    for name, loss in losses.items():
         print(f"{name:20} {loss.item():8.4f}")
-    for name, module in [*model.streams.items(), ("pbmge", model.pbmge)]:
-        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        print(f"{name:20} {trained:8,} parameters to train")
     print("embedding", tuple(model.eval().embed(normalise(frames), modality).shape))
 
 

@@ -1,8 +1,8 @@
 """SASGL: semantic-aware silhouette and gait learning (DinoGRL, section 3.2).
 
-A walk is the same walk by day and by night; the colour of a coat is not. So DinoGRL reads gait from
-soft silhouettes that a frozen DINOv2 finds in either modality, without one silhouette label.
-Semantic-aware: what is kept of a pixel is not its colour but what DINOv2's features say it is.
+A walk is the same by day and by night; the colour of a coat is not. So DinoGRL reads gait from soft
+silhouettes that a frozen DINOv2 finds in either modality, without one silhouette label.
+Semantic-aware: of a pixel, what DINOv2's features say it is, not its colour.
 
     frames (N,3,256,128), N = B*T
       -> features: resized to 448x224, frozen DINOv2, a grid of 32x16 --+-- last (N,32,16,384)
@@ -15,23 +15,19 @@ Semantic-aware: what is kept of a pixel is not its colour but what DINOv2's feat
     both codes -> gait_net: two CodeStems -> AttentionFusion -> backbone -> (N,2048,16,8)
 
 The mask bottleneck: through two softmax channels only the strongest contrast of the features can be
-reconstructed. For DINOv2 on a pedestrian crop, that is body against background.
-
-The codes' names are BigGait's. "Denoising": a softmax picks one of 16 labels per pixel, so texture
-cannot pass through. The appearance code belongs to the gait stream; the appearance *stream*, from
-pixels, is in model.py.
+reconstructed. On a pedestrian crop, that is body against background. "Denoising" code: a softmax
+picks one of 16 labels per pixel, so texture cannot pass through.
 
 What trains what: the mask is detached before the codes are cut out with it (in the release too). So
 mask_branch learns from its own reconstruction alone, and the re-identification losses train the
-codes' branches and the gait net; the paper's "jointly" means that the losses are summed. Until the
-mask is good, codes are cut out of the wrong pixels: so train.py first trains mask_branch alone.
+codes' branches and the gait net; the paper's "jointly" means that the losses are summed. train.py
+first trains mask_branch alone, so that no code is cut out of the wrong pixels.
 
-Quick question: why detach the mask? (Otherwise identity losses would grow or shrink the silhouette
-until its errors tell identities apart.)
+Quick question: why detach the mask? (Or identity losses would change the silhouette until its
+errors tell identities apart.)
 
-Ours, not the paper's: that warm-up; choose_body's 5 edge rows scale with the map's height; a batch
-without two foreground pixels gives empty codes; the mask's smoothness loss is not computed (see
-smooth_loss).
+Ours, not the paper's: that warm-up; edge rows that scale with the map's height; empty codes for a
+batch without two foreground pixels; the mask's smoothness loss is not computed (see smooth_loss).
 """
 import math
 from typing import NamedTuple
@@ -87,14 +83,12 @@ def refine_edges(body):
     # max_pool2d pads with minus infinity: what is outside the image neither dilates nor erodes.
     eroded = -F.max_pool2d(-dilated, 5, 1, 2)
     inside, edge = eroded[:, 0] > 0.5, (dilated != eroded)[:, 0]
-    on_edge = torch.where(edge, body, torch.zeros_like(body))
-    return torch.where(inside, torch.ones_like(body), on_edge)
+    return torch.where(inside, 1.0, torch.where(edge, body, 0.0))
 
 
 def smooth_loss(maps):
-    """Maps (N, C, H, W) -> scalar: |Sobel x| + |Sobel y| of the channels' sum, per value. Few,
-    closed regions are cheap. Of the denoising code all channels but the last are summed (see
-    forward): the loss is the border of the last one's region, and the outline of the body.
+    """Maps (N, C, H, W) -> scalar: |Sobel x| + |Sobel y| of the channels' sum, per value: borders
+    cost. Of the denoising code all channels but the last are summed (see forward).
 
     The paper applies it to the mask too, whose two channels sum to 1 everywhere: that loss is
     constant, has no gradient, and is not computed here. (The release reads pixel-major memory as
@@ -105,7 +99,7 @@ def smooth_loss(maps):
     return edges.abs().sum() / maps.numel()
 
 
-# ------------------------------------------------------------------ codes ----
+# ------------------------------------------------- codes and the gait net ----
 
 class DenoisingBranch(nn.Module):
     """Features of pixels (M, 4D) -> denoising code (M, 16), a softmax: one of 16 labels."""
@@ -135,15 +129,12 @@ class AppearanceBranch(nn.Module):
 
 
 def diversity_loss(code):
-    """Denoising code (N, C, H, W) -> scalar: log2(C) minus the entropy of the channels' shares. Low
-    where all channels are in use."""
+    """Denoising code (N, C, H, W) -> scalar: log2(C) minus the entropy of the channels' shares."""
     total = code.sum((1, 2, 3)) + 1e-6
     share = code.sum((2, 3)) / total[:, None]
     entropy = -(share * torch.log2(share + 1e-6)).sum(1)
     return (math.log2(code.shape[1]) - entropy).mean()
 
-
-# --------------------------------------------------------------- gait net ----
 
 class CodeStem(nn.Module):
     """A code (N, 16, H, W) -> (N, width, H, W)."""
@@ -159,8 +150,7 @@ class CodeStem(nn.Module):
 
 
 class AttentionFusion(nn.Module):
-    """Two maps (N, C, H, W) -> one: per place and channel a softmax over the two decides the
-    mixture."""
+    """Two maps (N, C, H, W) -> one: per place and channel a softmax decides the mixture."""
 
     def __init__(self, width, hidden=4):
         super().__init__()
@@ -176,8 +166,7 @@ class AttentionFusion(nn.Module):
 
 
 class GaitNet(nn.Module):
-    """Denoising and appearance code (N, 16, H, W) -> gait maps (N, 32 * width, h, w). backbone:
-    ResNet's layer1..layer4, its own copy."""
+    """Both codes (N, 16, H, W) -> gait maps (N, 32 * width, h, w)."""
 
     def __init__(self, *, channels, width, backbone):
         super().__init__()
@@ -240,7 +229,7 @@ class SASGL(nn.Module):
         return last.unflatten(1, self.grid), mid4.unflatten(1, self.grid)
 
     def upsampled(self, maps):
-        """(N, h, w, C) on the prior's grid -> (N, H, W, C), as large as the codes, bilinear."""
+        """(N, h, w, C) on the prior's grid -> (N, H, W, C), as large as the codes."""
         maps = F.interpolate(maps.permute(0, 3, 1, 2), self.code_size, mode="bilinear",
                              align_corners=False)
         return maps.permute(0, 2, 3, 1)
@@ -256,7 +245,7 @@ class SASGL(nn.Module):
 
     def code_of(self, branch, pixels, where, N):
         """Pixels (M, 4D), `where` (three index tensors (M,)) -> code (N, 16, H, W), 0 elsewhere."""
-        is_enough = len(pixels) > 1 or not self.training    # a batch norm needs two
+        is_enough = len(pixels) > 1 or not self.training    # for a batch norm
         values = branch(pixels) if is_enough else pixels.new_zeros(len(pixels), self.channels)
         code = values.new_zeros(N, *self.code_size, self.channels)
         return code.index_put(where, values).permute(0, 3, 1, 2)
@@ -279,7 +268,7 @@ class SASGL(nn.Module):
         return Codes(mask, body, silhouette, denoising, appearance), losses
 
     def forward(self, frames):
-        """In training the gait net reads codes of which some are blanked, see kept_codes."""
+        """In training some codes are blanked before the gait net, see kept_codes."""
         B, T = frames.shape[:2]
         codes, losses = self.encode(frames.flatten(0, 1))
         denoising, appearance = codes.denoising, codes.appearance
@@ -289,7 +278,6 @@ class SASGL(nn.Module):
                 # Without the last channel: the sum over all 16 would be 1 all over the body.
                 losses["smooth_part"] = 0.01 * smooth_loss(denoising[:, :-1])
                 losses["diversity"] = 5 * diversity_loss(denoising)
-            # (2, B*T): denoising, appearance.
             keep = kept_codes(B).repeat_interleave(T, dim=1).to(frames.device, non_blocking=True)
             denoising = denoising * keep[0, :, None, None, None]
             appearance = appearance * keep[1, :, None, None, None]
@@ -311,7 +299,8 @@ def main():
     from support.dinov2 import load_dinov2
     from walkers import sample
 
-    frames = normalise(sample(people=8, T=4)[0]).flatten(0, 1)    # (64, 3, 128, 64)
+    frames, _, _ = sample(people=8, T=4)
+    frames = normalise(frames).flatten(0, 1)    # (64, 3, 128, 64)
     torch.manual_seed(1)
     sasgl = SASGL(prior=load_dinov2("tiny"), backbone=nn.Identity(), width=8, dino_size=(336, 168),
                   code_size=(32, 16))
@@ -323,7 +312,7 @@ def main():
         losses["mask"].backward()
         optimizer.step()
     codes, _ = sasgl.eval().encode(frames[[0, -1]])
-    for rows in zip(*codes.silhouette.tolist(), strict=True):    # by day, by night
+    for rows in zip(*codes.silhouette, strict=True):    # by day, by night
         print("    ".join("".join(".:#"[int(2 * p)] for p in row) for row in rows))
 
 

@@ -7,35 +7,43 @@
                                                                | a block of rows at a time
     --query DIR -> the same -> (Q, parts, dim) -------> distances -> nearest -> ranked lists
 
-DIR holds a folder of frames for each tracklet (support/footage.py). From Python: load_run,
-embed_images, see_images and distances can all be imported from here.
+DIR holds a folder of frames for each tracklet. README.md shows a search from Python.
 
 Quick question: is the first place the person who was asked for? (Not always: some tracklet is the
 nearest even if that person is not in the gallery.)
 """
-import os
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 from data import INFRARED, MODALITIES, VISIBLE, Tracklet
 from evaluate import distances, embed_tracklets
-from support import pictures
 from support.files import UserError, read_json, write_atomic, write_json, write_picture
-from support.footage import find_footage, normalise, read_frame
-from support.options import Parser, cli, progress, typed
+from support.footage import find_footage, normalise, read_frames
+from support.options import Parser, add_options, cli, fill, option, progress, typed
+from support.pictures import draw_ranking, evenly, found_of
 from support.weights import add_run_options, digest, load_run
 
 import numpy as np
 import torch
 
-# ----------------------------------------------------------- from Python ----
+
+@dataclass
+class Options:
+    query: str = option("", "folder: who is asked for; without it --save only embeds")
+    gallery: str = option("", "folder: where to search, footage or what --save has made")
+    save: str = option("", "folder: keep the gallery's embeddings for later searches")
+    query_modality: str = option(INFRARED, "of all queries", MODALITIES)
+    gallery_modality: str = option(VISIBLE, "of the whole gallery", MODALITIES)
+    top: int = option(10, "places in each list")
+    json: str = option("", "FILE: write the ranked lists there")
+    figure: str = option("", "FILE.png: draw the first eight places of eight queries")
+
 
 def embed_images(model, config, tracklets, modality):
     """tracklets: N lists of frames in order; a frame is a path, a PIL image or a uint8 array
     (H, W, 3), RGB, or (H, W), of any size; all of one modality, "visible" or "infrared" ->
-    embeddings (N, parts, dim), float32 on the CPU; `distances` compares them. Raises UserError."""
-    if modality not in MODALITIES:
-        raise UserError(f"modality {modality!r}; expected {' or '.join(MODALITIES)}")
+    embeddings (N, parts, dim), float32 on the CPU; `distances` compares them."""
     config = SimpleNamespace(**{**vars(config), "workers": 0})    # images at hand need no process
     tracklets = [Tracklet(tuple(frames), None, None, modality) for frames in tracklets]
     return embed_tracklets(model, tracklets, config)
@@ -44,20 +52,17 @@ def embed_images(model, config, tracklets, modality):
 @torch.inference_mode()
 def see_images(model, config, frames):
     """A list of frames as in embed_images -> SASGL's Codes: silhouettes and codes of each."""
-    frames = torch.stack([read_frame(frame, config.size) for frame in frames])
-    codes, _ = model.eval().sasgl.encode(normalise(frames.to(model.device)))
+    frames = read_frames(frames, config.size).to(model.device)
+    codes, _ = model.eval().sasgl.encode(normalise(frames))
     return codes
 
 
-# -------------------------------------------------------------- a search ----
-
 def nearest(query, gallery, top, rows=1024):
-    """query (Q, parts, dim), gallery (G, parts, dim), an array in memory or on disk -> distances
-    and places (Q, top) of the nearest, ascending; of equal ones the first.
-
-    Only `rows` of the gallery are in memory at a time."""
+    """query (Q, parts, dim), gallery (G, parts, dim), in numpy -> distances and places (Q, top) of
+    the nearest, of equal ones the first. It reads `rows` of the gallery at a time: a saved one
+    can be larger than the memory."""
     best = query.new_empty(len(query), 0)
-    places = torch.empty(len(query), 0, dtype=torch.long, device=query.device)
+    places = best.long()
     for start in progress(range(0, len(gallery), rows), "searching"):
         block = torch.tensor(gallery[start:start + rows], device=query.device)
         numbers = torch.arange(start, start + len(block), device=query.device)
@@ -69,100 +74,80 @@ def nearest(query, gallery, top, rows=1024):
 
 
 def embed_footage(model, config, path, modality, how):
-    """-> {name: Tracklet of an unknown person}, embeddings (N, parts, dim). Raises UserError."""
-    tracklets = {name: Tracklet(frames, None, None, modality)
-                 for name, frames in find_footage(path).items()}
-    embeddings = embed_tracklets(model, list(tracklets.values()), config, how["frame_rule"],
-                                 how["all_frames"])
+    """-> {name: paths of its frames}, embeddings (N, parts, dim). Raises UserError."""
+    found = find_footage(path)
+    tracklets = [Tracklet(frames, None, None, modality) for frames in found.values()]
+    embeddings = embed_tracklets(model, tracklets, config, how["frame_rule"], how["all_frames"])
     if isinstance(embeddings, dict):
-        raise UserError("this method embeds each stream alone; expected one tensor (N, parts, dim) "
-                        "for a search: concatenate the streams in embed")
-    return tracklets, embeddings
+        raise UserError("this method embeds streams; expected one tensor (N, parts, dim)")
+    return found, embeddings
 
 
-def open_gallery(model, config, given, how):
-    """--gallery -> embeddings (G, parts, dim), a numpy array, and what names.json holds: how they
-    were embedded, and for each name some frames to show. Raises UserError."""
-    folder, modality = given["gallery"], given["gallery_modality"]
-    if os.path.isfile(os.path.join(folder, "embeddings.npy")):
-        about = read_json(os.path.join(folder, "names.json"))
-        for name, value in how.items():
-            if about[name] != value:
-                raise UserError(f"{folder} was embedded with {name} {about[name]}; expected "
-                                f"{value}, as for the queries: embed the gallery again")
-        return np.load(os.path.join(folder, "embeddings.npy"), mmap_mode="r"), about
-    tracklets, embeddings = embed_footage(model, config, folder, modality, how)
-    shown = {name: [os.path.abspath(frame) for frame in pictures.evenly(t.frames, 3)]
-             for name, t in tracklets.items()}
-    about = {"names": list(tracklets), "modality": modality, **how, "shown": shown}
-    if "save" in given:
-        write_json(os.path.join(given["save"], "names.json"), about)
+def open_gallery(model, config, options, how):
+    """-> embeddings (G, parts, dim), a numpy array, {name: three frames}. how: by which model, with
+    which frames; a saved gallery must have been embedded in the same way. Raises UserError."""
+    saved = Path(options.gallery, "embeddings.npy")
+    if saved.is_file():
+        about = read_json(saved.with_name("names.json"))
+        if about["how"] != how:
+            raise UserError(f"{options.gallery} was embedded with {about['how']}; expected {how}, "
+                            "as for the queries; embed the gallery again")
+        return np.load(saved, mmap_mode="r"), about["shown"]
+    found, embeddings = embed_footage(model, config, options.gallery, options.gallery_modality, how)
+    shown = {name: evenly(frames, 3) for name, frames in found.items()}
+    if options.save:
+        write_json(f"{options.save}/names.json", {"how": how, "shown": shown})
         # The last file, because it makes the folder a saved gallery.
-        path = os.path.join(given["save"], "embeddings.npy")
-        write_atomic(path, lambda file: np.save(file, embeddings.numpy()))
-        print(f"{len(embeddings):,} tracklets embedded in {given['save']}")
-    return embeddings.numpy(), about
+        write_atomic(f"{options.save}/embeddings.npy", lambda file: np.save(file, embeddings))
+        print(f"{len(embeddings):,} tracklets embedded in {options.save}")
+    return embeddings.numpy(), shown
 
 
 def draw(found, queries, shown, size):
     """The first eight places of the first eight queries -> PIL image."""
     rows = []
     for answer in found[:8]:
-        hits = [pictures.Found(hit["tracklet"], pictures.frames_for(shown[hit["tracklet"]], size),
-                               hit["distance"], right=None) for hit in answer["ranked"][:8]]
-        frames = pictures.frames_for(queries[answer["query"]].frames, size)
-        rows.append(pictures.Row(answer["query"], frames, hits))
-    return pictures.draw_ranking(rows)
-
-
-def read_command_line():
-    """-> {option: value}. Raises UserError."""
-    parser = Parser(description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("--query", metavar="DIR", help="who is asked for; without it --save only embeds")
-    add("--gallery", metavar="DIR", help="where to search: footage, or a folder made by --save")
-    add("--save", metavar="DIR", help="keep the gallery's embeddings for later searches")
-    add("--query-modality", choices=MODALITIES, default=INFRARED, help=f"default: {INFRARED}")
-    add("--gallery-modality", choices=MODALITIES, default=VISIBLE, help=f"default: {VISIBLE}")
-    add("--top", metavar="N", type=int, default=10, help="places in each list; default: 10")
-    add("--json", metavar="FILE", help="write the ranked lists there")
-    add("--figure", metavar="FILE.png", help="draw the first eight places of eight queries")
-    add_run_options(parser)
-    given = typed(parser)
-    if "gallery" not in given or not given.keys() & {"query", "save"}:
-        raise UserError("nothing to search; expected --checkpoint RUN, --gallery DIR, and --query "
-                        "DIR or --save DIR; see --help")
-    return given
+        name = answer["query"]
+        row = [found_of(name, queries[name], size, "query")]
+        for hit in answer["ranked"][:8]:
+            name = hit["tracklet"]
+            row.append(found_of(name, shown[name], size, None, hit["distance"]))
+        rows.append(row)
+    return draw_ranking(rows)
 
 
 def main():
-    given = read_command_line()
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    add_options(parser, Options)
+    add_run_options(parser)
+    given = typed(parser)
+    options = fill(Options, given)
+    if not options.gallery or not (options.query or options.save):
+        raise UserError("nothing to search; expected --gallery and --query, or --save; see --help")
     model, config, trained = load_run(given.get("checkpoint", ""), given)
     how = {"model": digest(model), "frames": config.test_frames or config.frames,
            "frame_rule": config.frame_rule or "chunks", "all_frames": "all_frames" in given}
-    if "query" in given:    # first: the shorter wait if something is wrong
-        queries, query = embed_footage(model, config, given["query"], given["query_modality"], how)
-    gallery, about = open_gallery(model, config, given, how)
-    if "query" not in given:
+    if options.query:    # first: the shorter wait if something is wrong
+        queries, query = embed_footage(model, config, options.query, options.query_modality, how)
+    gallery, shown = open_gallery(model, config, options, how)
+    if not options.query:
         return
-    folders = Path(given["query"]).resolve().parents
-    if trained["dataset"] == "walkers" and not any((f / "walkers.json").exists() for f in folders):
+    if trained["dataset"] == "walkers":
         print("trained on walkers, who are drawn: this model knows nothing of real people")
-
-    found = []
-    distances_and_places = nearest(query.to(model.device), gallery, given["top"])
-    for (name, t), *row in zip(queries.items(), *distances_and_places, strict=True):
-        ranked = [{"tracklet": about["names"][place], "distance": distance.item()}
+    found, names, modality = [], list(shown), options.query_modality
+    best, places = nearest(query.to(model.device), gallery, options.top)
+    for name, *row in zip(queries, best.tolist(), places.tolist(), strict=True):
+        ranked = [{"tracklet": names[place], "distance": distance}
                   for distance, place in zip(*row, strict=True)]
-        found.append({"query": name, "modality": t.modality, "frames": len(t.frames),
-                      "ranked": ranked})
-        print(f"{name} ({t.modality}, {len(t.frames)} frames), the nearest of {len(gallery):,}:")
+        about = {"query": name, "modality": modality, "frames": len(queries[name])}
+        found.append(about | {"ranked": ranked})
+        print(f"{name} ({modality}, {about['frames']} frames), the nearest of {len(gallery):,}:")
         for number, hit in enumerate(ranked, 1):
             print(f"{number:6}{hit['distance']:12.4f}  {hit['tracklet']}")
-    if "json" in given:
-        write_json(given["json"], {"gallery": len(gallery), "queries": found})
-    if "figure" in given:
-        write_picture(given["figure"], draw(found, queries, about["shown"], config.size))
+    if options.json:
+        write_json(options.json, {"gallery": len(gallery), "queries": found})
+    if options.figure:
+        write_picture(options.figure, draw(found, queries, shown, config.size))
 
 
 if __name__ == "__main__":

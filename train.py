@@ -259,7 +259,7 @@ def main():
     augmented = partial(method.augment or augment, erase=config.erase)
     save = partial(weights.save, run, log, model, optimizer, scaler, dataset, config,
                    asked.options)
-    test = partial(report, model, dataset, config, run, log, {"method": config.method})
+    test = partial(report, model, dataset, config, run, {"method": config.method}, log)
     try:
         if not checkpoint:
             warm_up(model, loader, augmented, config)

@@ -2,27 +2,29 @@
 import functools
 import multiprocessing
 import os
-import signal
 from collections import defaultdict
 
 from support.files import UserError
 from support.footage import file_of, natural, read_frame
 from support.options import Parser, on_off, progress
+from support.parallel import ignore_interrupts
 
 MOST = 20    # lines of each kind of problem
+
+
+def files_of(dataset):
+    """{file: a frame in it}."""
+    return {file_of(frame): frame for t in dataset.train + dataset.test for frame in t.frames}
 
 
 def missing_files(dataset):
     """Each folder is listed once: on a network disk, looking up single files takes minutes."""
     @functools.cache
     def names_in(folder):
-        return set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        return set(os.listdir(folder) if os.path.isdir(folder) else ())
 
-    frames = (frame for t in dataset.train + dataset.test for frame in t.frames)
-    for file in dict.fromkeys(map(file_of, frames)):
-        folder, name = os.path.split(file)
-        if name not in names_in(folder or "."):
-            yield f"no file {file}, but the dataset's lists name it"
+    return [f"no file {file}, but the dataset's lists name it" for file in files_of(dataset)
+            if os.path.basename(file) not in names_in(os.path.dirname(file))]
 
 
 def unanswered(dataset, query, gallery):
@@ -30,9 +32,11 @@ def unanswered(dataset, query, gallery):
     cameras_of = defaultdict(set)
     for t in (dataset.test[i] for i in gallery):
         cameras_of[t.pid].add(t.camera)
-    asked = [dataset.test[i] for i in query]
-    ignored = [{t.camera} if dataset.ignore_same_camera else set() for t in asked]
-    return sum(cameras_of[t.pid] <= own for t, own in zip(asked, ignored, strict=True))
+    number = 0
+    for t in (dataset.test[i] for i in query):
+        ignored = {t.camera} if dataset.ignore_same_camera else set()
+        number += cameras_of[t.pid] <= ignored
+    return number
 
 
 def wrong_lists(dataset, rules):
@@ -74,37 +78,34 @@ def unreadable(frame):
 def print_statistics(dataset):
     print(f"{dataset.name} in {dataset.root}\n")
     print("split   modality  identities  tracklets    frames  cameras")
-    for split, tracklets in (("train", dataset.train), ("test", dataset.test)):
+    for split in ("train", "test"):
         for modality in ("visible", "infrared"):
-            mine = [t for t in tracklets if t.modality == modality]
-            people, frames = len({t.pid for t in mine}), sum(len(t.frames) for t in mine)
-            cameras = " ".join(sorted({str(t.camera) for t in mine if t.camera}, key=natural))
-            print(f"{split:<8}{modality:<10}{people:>10,}{len(mine):>11,}{frames:>10,}  {cameras}")
+            mine = [t for t in getattr(dataset, split) if t.modality == modality]
+            people, cameras = {t.pid for t in mine}, {t.camera for t in mine if t.camera}
+            print(f"{split:<8}{modality:<10}{len(people):>10,}{len(mine):>11,}"
+                  f"{sum(len(t.frames) for t in mine):>10,}",
+                  *sorted(map(str, cameras), key=natural))
     for direction, (query, gallery) in dataset.directions.items():
-        without = unanswered(dataset, query, gallery)
-        print(f"{direction}: {len(query):,} queries ({without:,} without an answer: not scored), "
-              f"{len(gallery):,} gallery tracklets")
+        print(f"{direction}: {len(query):,} queries ({unanswered(dataset, query, gallery):,} "
+              f"without an answer: not scored), {len(gallery):,} gallery tracklets")
 
 
 def main_of(load, rules, show):
     """`python data.py PATH` -> exit code 0 if the dataset is usable, else 2. Without PATH: show."""
     parser = Parser(description="Statistics and every problem of a dataset.")
-    parser.set_defaults(path="", reader="", auxiliary=False)
-    parser.add_argument("path", metavar="PATH", nargs="?", help="the dataset's folder")
-    parser.add_argument("--auxiliary", type=on_off, metavar="on|off", help="BUPTCampus: that set")
-    parser.add_argument("--reader", metavar="FILE.py:FUNCTION", help="your own: path -> Dataset")
+    parser.add_argument("path", nargs="?", default="")
+    parser.add_argument("--auxiliary", type=on_off, default=False, help="on|off, of BUPTCampus")
+    parser.add_argument("--reader", default="", help="your own FILE.py:FUNCTION: path -> Dataset")
     args = parser.parse_args()
     if not args.path:
         return show()
     dataset = load(args.path, args.reader, args.auxiliary, checked=False)
     print_statistics(dataset)
-    frames = [frame for t in dataset.train + dataset.test for frame in t.frames
-              if os.path.isfile(file_of(frame))]
-    # Ctrl-C is for the parent, which ends the pool.
-    with multiprocessing.Pool(None, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+    frames = [frame for file, frame in files_of(dataset).items() if os.path.isfile(file)]
+    with multiprocessing.Pool(None, ignore_interrupts, (0,)) as pool:
         read = pool.imap(unreadable, frames, chunksize=64)
         torn = [why for why in progress(read, "reading", len(frames)) if why]
-    kinds = list(wrong_lists(dataset, rules)), list(missing_files(dataset)), torn
+    kinds = list(wrong_lists(dataset, rules)), missing_files(dataset), torn
     for lines in kinds:
         for line in lines[:MOST]:
             print("problem:", line)

@@ -3,11 +3,11 @@
     images (N,3,H,W) -> VisionTransformer.embed -> tokens (N,1+h*w,D), CLS first -> resblocks
     word vectors (C,L,width) -> CLIP.encode_text -> text features (C,dim)
 
-Mirrors github.com/openai/CLIP (clip/model.py): the same tensors as ViT-B-16.pt. There is no
-tokenizer: LSMRL needs a single sentence (prompt_of), and `tiny` knows a few dozen words.
+Mirrors github.com/openai/CLIP (clip/model.py): the same 302 tensors as ViT-B-16.pt. LSMRL needs a
+single sentence (prompt_of), so there is no tokenizer.
 
 Quick question: why does LSMRL encode 12 tokens, when CLIP pads every sentence to 77? (The text
-transformer is causal: padding behind the end token changes nothing, at six times the cost.)
+transformer is causal: padding after the end token changes nothing and costs six times as much.)
 """
 import math
 import os
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# The words of `tiny`, by number. X pads sentences, and stands for a word that is learned.
+# The words of `tiny`. X is padding, and the place of a learned word.
 VOCABULARY = str.split(
     "X <start> <end> a photo of person in and with . tall short slim broad plain striped lined "
     "checked dotted banded halved diagonal zigzag tank t-shirt long shirt jacket coat wide "
@@ -31,36 +31,39 @@ TINY_SIZES = {
 CLIP_MODELS = {"tiny": TINY_SIZES, "tiny-random": TINY_SIZES, "ViT-B-16": {
     "patch": 16, "grid": (14, 14), "width": 768, "depth": 12, "heads": 12, "dim": 512,
     "text_width": 512, "text_depth": 12, "text_heads": 8, "words": 49408}}
-TINY_FILE = os.path.join(ROOT, "assets", "tiny_clip.pt")
+TINY_FILE = f"{ROOT}/assets/tiny_clip.pt"
 CLIP_SHA256 = "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"
 CLIP_URL = f"https://openaipublic.azureedge.net/clip/models/{CLIP_SHA256}/ViT-B-16.pt"
+
+
+def drawn(*shape, std):
+    return nn.Parameter(torch.randn(shape) * std)
 
 
 class Attention(nn.Module):
     """Multi-head attention. causal: a token attends to itself and those before it."""
 
-    def __init__(self, dim, heads):
+    def __init__(self, dim, heads, causal=False):
         super().__init__()
-        self.heads = heads
-        self.in_proj_weight = nn.Parameter(torch.randn(3 * dim, dim) * dim ** -0.5)
+        self.heads, self.causal = heads, causal
+        self.in_proj_weight = drawn(3 * dim, dim, std=dim ** -0.5)
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
         self.out_proj = nn.Linear(dim, dim)
 
     def queries_keys_values(self, x, context):
         """-> three of (N, heads, L or M, D / heads)."""
+        weight, bias, D = self.in_proj_weight, self.in_proj_bias, x.shape[-1]
         if context is None:
-            q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+            q, k, v = F.linear(x, weight, bias).chunk(3, dim=-1)
         else:
-            D = x.shape[-1]
-            q = F.linear(x, self.in_proj_weight[:D], self.in_proj_bias[:D])
-            kv = F.linear(context, self.in_proj_weight[D:], self.in_proj_bias[D:])
-            k, v = kv.chunk(2, dim=-1)
+            q = F.linear(x, weight[:D], bias[:D])
+            k, v = F.linear(context, weight[D:], bias[D:]).chunk(2, dim=-1)
         return [y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v)]
 
-    def forward(self, x, context=None, causal=False):
+    def forward(self, x, context=None):
         """x (N, L, D), context (N, M, D), by default x itself -> (N, L, D)."""
         q, k, v = self.queries_keys_values(x, context)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
     def weights(self, x, context):
@@ -77,23 +80,29 @@ class Mlp(nn.Module):
         self.c_proj = nn.Linear(4 * dim, dim)
 
     def forward(self, x):
-        hidden = F.silu(1.702 * self.c_fc(x)) / 1.702    # QuickGELU, x * sigmoid(1.702 x)
-        return self.c_proj(hidden)
+        # QuickGELU, x * sigmoid(1.702 x)
+        return self.c_proj(F.silu(1.702 * self.c_fc(x)) / 1.702)
 
 
 class Block(nn.Module):
     """Attention and MLP, each with a shortcut: x (N, L, D) -> (N, L, D)."""
 
-    def __init__(self, dim, heads):
+    def __init__(self, dim, heads, causal=False):
         super().__init__()
-        self.attn = Attention(dim, heads)
+        self.attn = Attention(dim, heads, causal)
         self.mlp = Mlp(dim)
         self.ln_1 = nn.LayerNorm(dim)
         self.ln_2 = nn.LayerNorm(dim)
 
-    def forward(self, x, causal=False):
-        x = x + self.attn(self.ln_1(x), causal=causal)
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, dim, depth, heads, causal=False):
+        super().__init__()
+        self.resblocks = nn.Sequential(*(Block(dim, heads, causal) for _ in range(depth)))
 
 
 class VisionTransformer(nn.Module):
@@ -102,65 +111,57 @@ class VisionTransformer(nn.Module):
     def __init__(self, *, patch, grid, width, depth, heads, dim):
         super().__init__()
         self.grid = grid
-        scale = width ** -0.5
+        std = width ** -0.5
         self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
-        self.class_embedding = nn.Parameter(torch.randn(width) * scale)
-        self.positional_embedding = nn.Parameter(torch.randn(1 + math.prod(grid), width) * scale)
+        self.class_embedding = drawn(width, std=std)
+        self.positional_embedding = drawn(1 + math.prod(grid), width, std=std)
         self.ln_pre = nn.LayerNorm(width)
         self.ln_post = nn.LayerNorm(width)
-        blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.transformer = nn.ModuleDict({"resblocks": blocks})
-        self.proj = nn.Parameter(torch.randn(width, dim) * scale)
+        self.transformer = Transformer(width, depth, heads)
+        self.proj = drawn(width, dim, std=std)
 
     def embed(self, images):
-        """Images (N, 3, H, W) -> the first block's input (N, 1 + h*w, D): CLS, then patches."""
+        """Images (N, 3, H, W) -> the input of the blocks (N, 1 + h*w, D): CLS, then patches."""
         patches = self.conv1(images).flatten(2).transpose(1, 2)
-        cls = self.class_embedding.to(patches.dtype).expand(images.shape[0], 1, -1)
+        cls = self.class_embedding.to(patches).expand(patches.shape[0], 1, -1)
         return self.ln_pre(torch.cat([cls, patches], dim=1) + self.positional_embedding)
 
     def resize(self, h, w):
         """Resize the positions bilinearly to an h x w grid of patches. Row 0 (CLS) stays."""
-        cls, rows = self.positional_embedding.data.split([1, math.prod(self.grid)])
-        maps = rows.t().unflatten(1, self.grid)[None]    # (1, D, rows, columns)
-        maps = F.interpolate(maps, (h, w), mode="bilinear", align_corners=False)
-        self.positional_embedding = nn.Parameter(torch.cat([cls, maps[0].flatten(1).t()]))
+        rows = self.positional_embedding.data
+        maps = rows[1:].t().unflatten(1, self.grid)[None]    # (1, D, rows, columns)
+        resized = F.interpolate(maps, (h, w), mode="bilinear")[0].flatten(1).t()
+        self.positional_embedding = nn.Parameter(torch.cat([rows[:1], resized]))
         self.grid = (h, w)
 
 
 class CLIP(nn.Module):
-    """Both sides: OpenAI's 302 tensors (its logit_scale included)."""
-
     def __init__(self, *, words, dim, text_width, text_depth, text_heads, **visual):
         super().__init__()
         self.visual = VisionTransformer(dim=dim, **visual)
-        blocks = nn.ModuleList(Block(text_width, text_heads) for _ in range(text_depth))
-        self.transformer = nn.ModuleDict({"resblocks": blocks})
+        self.transformer = Transformer(text_width, text_depth, text_heads, causal=True)
         self.token_embedding = nn.Embedding(words, text_width)
-        self.positional_embedding = nn.Parameter(torch.randn(77, text_width) * 0.01)
+        self.positional_embedding = drawn(77, text_width, std=0.01)
         self.ln_final = nn.LayerNorm(text_width)
-        self.text_projection = nn.Parameter(torch.randn(text_width, dim) * text_width ** -0.5)
+        self.text_projection = drawn(text_width, dim, std=text_width ** -0.5)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     def encode_image(self, images):
-        """Images (N, 3, H, W) -> image features (N, dim), as in CLIP itself."""
-        x = self.visual.embed(images)
-        for block in self.visual.transformer.resblocks:
-            x = block(x)
+        """Images (N, 3, H, W) -> features (N, dim)."""
+        x = self.visual.transformer.resblocks(self.visual.embed(images))
         return self.visual.ln_post(x[:, 0]) @ self.visual.proj
 
     def encode_text(self, words, end):
-        """Word vectors (C, L, width) -> text features (C, dim). end: index of the end token, (C,)
-        or one for all."""
-        x = words + self.positional_embedding[:words.shape[1]]
-        for block in self.transformer.resblocks:
-            x = block(x, causal=True)
+        """Word vectors (C, L, width), index of the end token, int or (C,) -> features (C, dim)."""
+        positions = self.positional_embedding[:words.shape[1]]
+        x = self.transformer.resblocks(words + positions)
         return self.ln_final(x[torch.arange(len(x)), end]) @ self.text_projection
 
 
 def tokenized(sentences):
-    """Sentences of words of VOCABULARY, separated by spaces -> their numbers (C, L), from start to
-    end token and padded with 0, and the position of each end token (C,)."""
+    """Sentences of words of VOCABULARY -> their numbers (C, L), with start and end token and padded
+    with 0, and the index of each end token (C,)."""
     rows = [torch.tensor([VOCABULARY.index(word) for word in f"<start> {sentence} <end>".split()])
             for sentence in sentences]
     end = torch.tensor([len(row) - 1 for row in rows])
@@ -169,42 +170,44 @@ def tokenized(sentences):
 
 def prompt_of(name):
     """-> the 12 numbers of "A photo of a X X X X person." for the CLIP of that name."""
-    if name == "ViT-B-16":    # as CLIP's tokenizer numbers them, with start and end token
+    if name == "ViT-B-16":    # by CLIP's tokenizer
         return torch.tensor([49406, 320, 1125, 539, 320, 343, 343, 343, 343, 2533, 269, 49407])
     return tokenized(["a photo of a X X X X person ."])[0][0]
 
 
 def read_clip(path):
-    """OpenAI's TorchScript archive or a state dict -> {name: tensor}, float32. Raises UserError."""
+    """OpenAI's TorchScript archive or a state dict -> {name: tensor}. Raises UserError."""
     try:
         tensors = torch.jit.load(path, map_location="cpu").state_dict()
     except (RuntimeError, ValueError):    # not an archive, or a torn one
         tensors = read_tensors(path)
-    # Integers, such as input_resolution, are not weights.
-    return {name: tensor.float() for name, tensor in tensors.items()
-            if torch.is_tensor(tensor) and tensor.is_floating_point()}
+    for name in "input_resolution", "context_length", "vocab_size":    # integers, not weights
+        tensors.pop(name, None)
+    return tensors
 
 
 def fetch_openai():
     """-> the path of OpenAI's file, downloaded once and cached; its SHA-256 is checked."""
-    path = os.path.join(torch.hub.get_dir(), "checkpoints", f"CLIP-ViT-B-16-{CLIP_SHA256[:8]}.pt")
+    folder = f"{torch.hub.get_dir()}/checkpoints"
+    path = f"{folder}/CLIP-ViT-B-16-{CLIP_SHA256[:8]}.pt"
     if not os.path.exists(path):    # torch writes to a temporary name first
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        os.makedirs(folder, exist_ok=True)
         torch.hub.download_url_to_file(CLIP_URL, path, hash_prefix=CLIP_SHA256)
     return path
 
 
 def load_clip(name, weights="", pretrained=True):
-    """The CLIP of that name, its text side frozen. weights: a local file instead of the download;
-    pretrained=False: random, for a checkpoint to fill. Raises UserError."""
+    """The CLIP of that name with a frozen text side. weights: a local file instead of the download.
+    pretrained=False: random weights, for a checkpoint to fill. Raises UserError."""
     if name not in CLIP_MODELS:
         raise UserError(f"CLIP {name} is not known; expected one of {', '.join(CLIP_MODELS)}")
     clip = CLIP(**CLIP_MODELS[name])
     if pretrained and name != "tiny-random":
-        path = weights or (TINY_FILE if name == "tiny" else download(
-            "CLIP ViT-B/16", fetch_openai, "give OpenAI's file by --clip-weights FILE, or take "
-            "--preset small (a tiny CLIP)"))
+        if name == "tiny":
+            weights = weights or TINY_FILE
+        path = weights or download(
+            "CLIP ViT-B/16", "give OpenAI's file by --clip-weights FILE, or take --preset small (a "
+            "tiny CLIP)", fetch_openai)
         load_strictly(clip, read_clip(path), f"{path} (as CLIP {name})")
-    clip.requires_grad_(False)
-    clip.visual.requires_grad_(True)
+    clip.requires_grad_(False).visual.requires_grad_(True)
     return clip

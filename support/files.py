@@ -1,11 +1,7 @@
 """Files: errors that a user can act on, writing that loses nothing, the folder of a run.
 
-    raise UserError("what was found; what was expected; what to do")
-    write_atomic(path, write)           the old file or the new one, never half of it
-    new_run(None, "dinogrl-walkers")    makes runs/dinogrl-walkers-1, or -2, ...
-
-Quick question: why write to another name first, and then rename? (A rename is one step for the
-system. A process that is killed while it writes leaves the old file whole.)
+Quick question: why write to another name first, and then rename? (A rename is a single step for
+the system: a process that is killed while it writes leaves the old file whole.)
 """
 import json
 import os
@@ -67,10 +63,7 @@ def write_atomic(path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        # torch.save hides a full disk behind a RuntimeError.
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
+        cause = error.__context__ or error    # torch.save hides a full disk behind a RuntimeError
         raise UserError(f"{path} cannot be written ({in_short(cause)}); the file that was there is "
                         "untouched: free some space or choose another folder") from error
     finally:
@@ -96,9 +89,9 @@ def check_free(run):
 def new_run(path, stem):
     """Make the folder of a run: path, or runs/STEM-1, -2, ... -> its path. Raises UserError."""
     number = 1
-    while not path and os.path.exists(f"runs/{stem}-{number}"):
+    while os.path.exists(f"runs/{stem}-{number}"):
         number += 1
-    folder = path or os.path.join("runs", f"{stem}-{number}")
+    folder = path or f"runs/{stem}-{number}"
     try:
         os.makedirs(folder)
     except OSError as error:
@@ -108,10 +101,10 @@ def new_run(path, stem):
 
 def read_log(run, epochs):
     """The first `epochs` lines of log.jsonl: a run stopped before its checkpoint has one more."""
-    lines = read_lines(os.path.join(run, "log.jsonl")) if epochs else []
+    lines = read_lines(f"{run}/log.jsonl") if epochs else []
     return [json.loads(line) for line in lines[:epochs]]
 
 
 def write_log(run, log):
     lines = "".join(f"{json.dumps(line)}\n" for line in log)
-    write_atomic(os.path.join(run, "log.jsonl"), lambda file: file.write(lines.encode()))
+    write_atomic(f"{run}/log.jsonl", lambda file: file.write(lines.encode()))

@@ -4,13 +4,14 @@
     DIR/camera 1/007/1.png ... 24.png, DIR/camera 2/walk.gif
         -> find_footage -> {"camera 1/007": 24 paths, "camera 2/walk.gif": ...}
 
-Quick question: why are loose frames beside folders of frames refused? (They may be previews, or one
-picture each of many people. A refused folder is mended; a wrong tracklet is never noticed.)
+Quick question: why are loose frames beside folders of frames refused? (They may be one picture each
+of many people. You can mend a refused folder; you would never notice a wrong tracklet.)
 """
 import functools
 import os
 import re
 from collections import defaultdict
+from contextlib import contextmanager
 from pathlib import Path
 
 from support.files import UserError, in_short
@@ -29,27 +30,31 @@ def picture(image, size):
     """An open image -> uint8 (3, H, W), upright, resized bilinearly. Pictures deeper than 8 bits,
     as thermal cameras write them, are stretched from their darkest to their brightest value."""
     H, W = size
-    ImageOps.exif_transpose(image, in_place=True)
+    image = ImageOps.exif_transpose(image)    # a copy
     if image.mode.startswith(("I", "F")):    # I, F, I;16 and its byte orders
         deep = np.nan_to_num(np.asarray(image, np.float32))
         scale = 255 / max(np.ptp(deep), 1e-6)
         image = Image.fromarray(((deep - deep.min()) * scale).astype(np.uint8))
-    if "transparency" in image.info:
-        image = image.convert("RGBA")    # or pillow warns
-    if image.mode != "RGB":    # pillow would make a copy
-        image = image.convert("RGB")
-    if image.size != (W, H):
-        image = image.resize((W, H), Image.Resampling.BILINEAR)
-    # Each row its red, its green, its blue: quicker to sort than pixels.
-    rows = np.frombuffer(image.tobytes("raw", "RGB;L"), np.uint8).reshape(H, 3, W)
-    return torch.from_numpy(rows.swapaxes(0, 1).copy())
+    image = image.convert("RGB").resize((W, H), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.moveaxis(np.asarray(image), 2, 0).copy())
+
+
+@contextmanager
+def opened(file):
+    """The open image; whatever fails while it is read is a UserError that names the file."""
+    try:
+        with Image.open(file) as image:
+            yield image
+    except Exception as error:    # pillow raises a dozen types for a bad file
+        raise UserError(f"{file} cannot be read as an image ({in_short(error)}); download it "
+                        "again, or see python data.py for all such files") from None
 
 
 @functools.lru_cache(maxsize=1)
-def animation(path, size, modified):
-    """All pictures of an animated file: each builds on the one before. modified: its time."""
-    with Image.open(path) as image:
-        return [picture(page.copy(), size) for page in ImageSequence.Iterator(image)]
+def animation(path, size):
+    """All pictures of an animated file: each builds on the one before."""
+    with opened(path) as image:
+        return [picture(page, size) for page in ImageSequence.Iterator(image)]
 
 
 def file_of(frame):
@@ -63,26 +68,25 @@ def read_frame(frame, size):
     if isinstance(frame, np.ndarray):
         frame = Image.fromarray(frame)
     if isinstance(frame, Image.Image):
-        return picture(frame.copy(), size)    # the caller's stays as it is
-    animated = ANIMATED.fullmatch(os.fspath(frame))
-    try:
-        if animated:
-            file, number = animated.groups()
-            return animation(file, tuple(size), os.path.getmtime(file))[int(number)]
-        with Image.open(frame) as image:
-            return picture(image, size)
-    except Exception as error:    # pillow raises a dozen types for a bad file
-        raise UserError(f"{frame} cannot be read as an image ({in_short(error)}); download it "
-                        "again, or see python data.py for all such files") from None
+        return picture(frame, size)
+    if animated := ANIMATED.fullmatch(os.fspath(frame)):
+        file, number = animated.groups()
+        return animation(file, tuple(size))[int(number)]
+    with opened(frame) as image:
+        return picture(image, size)
+
+
+def read_frames(frames, size):
+    """T frames as in read_frame -> uint8 (T, 3, H, W)."""
+    return torch.stack([read_frame(frame, size) for frame in frames])
 
 
 def true_masks(root, frames, size):
     """The true silhouettes, bool (T, H, W), of a dataset with masks/ (walkers have), or None."""
     files = [Path(root, "masks", os.path.relpath(frame, root)) for frame in frames]
     masks = [file.with_suffix(".png") for file in files]
-    if not all(mask.is_file() for mask in masks):
-        return None
-    return torch.stack([read_frame(mask, size)[0] > 127 for mask in masks])
+    there = all(mask.is_file() for mask in masks)
+    return read_frames(masks, size)[:, 0] > 127 if there else None
 
 
 def normalise(frames, channels=slice(None)):
@@ -109,19 +113,14 @@ def frames_of_file(file):
     """An image file -> its frames: itself, or FILE#0, FILE#1, ... of an animated one."""
     if not ANIMATED.fullmatch(f"{file}#0"):
         return [file]
-    try:
-        with Image.open(file) as image:
-            pictures = getattr(image, "n_frames", 1)
-    except Exception as error:
-        raise UserError(f"{file} cannot be read as an image ({in_short(error)}); export it again "
-                        "or remove it") from None
+    with opened(file) as image:
+        pictures = getattr(image, "n_frames", 1)
     return [file] if pictures == 1 else [f"{file}#{n}" for n in range(pictures)]
 
 
 def find_footage(path):
     """Folders of frames -> {name of a tracklet: paths of its frames}, both in natural order. A
-    tracklet is a folder of images at any depth below path, or path itself, or an animated file.
-    Hidden files are left out. Raises UserError."""
+    tracklet is path, or a folder of images below it, or an animated file. Raises UserError."""
     path = Path(os.path.abspath(path))
     if not path.is_dir():
         raise UserError(f"no folder {path}; expected folders of frames; check the path")
@@ -141,5 +140,5 @@ def find_footage(path):
                             "one or the other; move them into a folder of their own")
     named = {place.relative_to(path).as_posix(): tuple(found[place]) for place in found}
     if "." in named:    # the folder itself
-        named = {path.name: named["."]}
+        return {path.name: named["."]}
     return {name: named[name] for name in sorted(named, key=natural)}

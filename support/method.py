@@ -60,11 +60,6 @@ class Method(nn.Module):
         """What embed gives for N tracklets -> {stream: (N, parts, dim)}, each ranked alone too."""
         return embeddings if isinstance(embeddings, dict) else {}
 
-    def strips_of(self, values):
-        """One value for each part, (parts,) -> {stream: those of its narrowest strips, from top to
-        bottom}, drawn as bars in ranked lists."""
-        return {}
-
     def reading(self, frames):
         """Frames (B, T, 3, H, W) -> where each frame's token looks (B, T, h, w) or None, and the
         shares of the training identities' sentences that it reads (B, classes) or None; None for a

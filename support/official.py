@@ -1,9 +1,7 @@
 """The authors' files: three of DinoGRL, one of BigGait (docs/weights.md says where they are).
 
-    load_official(folder, model_of)       best_model.pth, best_model2.pth, best_shape.pth -> DinoGRL
+    load_release(DinoGRL, folder)         best_model.pth, best_model2.pth, best_shape.pth -> DinoGRL
     load_mask_branch(mask_branch, path)   MaskBranch_vits14.pt -> SASGL's mask branch
-
-OFFICIAL is the whole map from their names to ours.
 
 Quick question: why are some of their tensors ignored? (They belong to layers that the released
 network never calls. The files hold them, but no output depends on them.)
@@ -16,9 +14,8 @@ from support.weights import load_strictly, read_tensors
 
 import torch
 
-# Each file holds one of our modules. A tensor's name begins with one of these prefixes, there and
-# here; the rest of the name is the same: {file: (our module, {their prefix: our prefix})}. The
-# first of our prefixes that fits is taken: enhance_gait.g. stands before enhance_gait.
+# {file: (our module, {their prefix of a tensor's name: our prefix})}; the rest of the name is the
+# same. The first prefix that fits is taken: enhance_gait.g. stands before enhance_gait.
 OFFICIAL = {
     "best_model.pth": ("streams.appearance.", {
         "image_encoder1.resnet_conv.0.": "visible_stem.conv1.",
@@ -70,25 +67,28 @@ def official_name(own):
     return f"the model's own {own}"
 
 
-def load_official(folder, model_of):
-    """The authors' three files in `folder` -> DinoGRL in eval mode, with exactly their embeddings.
+def load_release(method, folder):
+    """method: the class DinoGRL; folder: of the authors' three files -> the model in eval mode,
+    with exactly their embeddings, and its config as a dict.
 
-    model_of(classes): an untrained DinoGRL for so many identities, a number read from the files.
     Raises UserError that lists every tensor that does not fit, under the authors' name."""
-    files = {file: read_tensors(os.path.join(folder, file)) for file in OFFICIAL}
+    class Empty(method):
+        def prior(self):    # best_shape.pth holds DINOv2 too
+            return load_dinov2(self.options.dinov2, pretrained=False)
+
+    files = {file: read_tensors(f"{folder}/{file}") for file in OFFICIAL}
     try:
         classes = files["best_model.pth"]["BNNecks.fc_bin"].shape[2]
     except (KeyError, IndexError):
         raise UserError(f"{folder}/best_model.pth has no BNNecks.fc_bin (parts, dim, classes); "
                         "expected the authors' file of the appearance stream") from None
-    model = model_of(classes)
+    config = {"size": (256, 128), "frames": 6, "test_frames": 0, "frame_rule": "", "data": "",
+              "reader": "", "workers": min(8, os.cpu_count() or 1), "test_batch": 32}
+    model = Empty(method.Options(), classes, config["size"], pretrained=False)
     own = model.state_dict()
     names = {official_name(name): name for name in own}    # theirs: ours
-    held = {}
-    for file, tensors in files.items():
-        for name, tensor in tensors.items():
-            if not any(part in name for part in UNUSED):
-                held[f"{file}: {name}"] = tensor
+    held = {f"{file}: {name}": tensor for file, tensors in files.items()
+            for name, tensor in tensors.items() if not any(part in name for part in UNUSED)}
     wrong = [f"{name} is missing" for name in names if name not in held]
     for name, tensor in held.items():
         if name not in names:
@@ -99,26 +99,13 @@ def load_official(folder, model_of):
     if wrong:
         raise UserError(f"{folder} does not fit this DinoGRL: {'; '.join(wrong)}")
     model.load_state_dict({ours: held[theirs] for theirs, ours in names.items()})
-    return model.eval()
-
-
-def load_release(method, folder):
-    """load_official into the class DinoGRL, given as `method` -> model, its config as a dict."""
-    class Empty(method):
-        def prior(self):    # best_shape.pth holds DINOv2 too
-            return load_dinov2(self.options.dinov2, pretrained=False)
-
     torch.backends.cudnn.allow_tf32 = False    # their embeddings to float32's last digits
-    config = {"size": (256, 128), "frames": 6, "test_frames": 0, "frame_rule": "", "data": "",
-              "reader": "", "workers": min(8, os.cpu_count() or 1), "test_batch": 32}
-    model = load_official(folder, lambda classes: Empty(
-        method.Options(), classes, config["size"], pretrained=False))
-    return model, config
+    return model.eval(), config
 
 
 def load_mask_branch(mask_branch, path):
-    """BigGait's released mask branch, under the key `model` of its file; its bn_t is not used.
-    Raises UserError."""
+    """BigGait's mask branch, under the key `model` of its file; bn_t is not used. Raises
+    UserError."""
     tensors = read_tensors(path)
     if "model" not in tensors:
         raise UserError(f"{path} has no key `model`; expected BigGait's MaskBranch file; see "

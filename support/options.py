@@ -2,12 +2,11 @@
 
     @dataclass
     class Config:
-        epochs: int = option(80, "0 evaluates the untrained model", group="schedule")
+        epochs: int = option(80, "0 evaluates the untrained model")
         pull: float = 0.01    # a plain default is an option too
 
     add_options(parser, Config)       --epochs N and --pull X, with their help and defaults
     fill(Config, {"epochs": 3})       the dataclass, from what was typed or stored
-    cli(main)                         a UserError is one line and exit code 2, Ctrl-C is 130
 """
 import argparse
 import difflib
@@ -27,20 +26,18 @@ progress = partial(tqdm, disable=None, leave=False)
 
 # -------------------------------------------------------------- options ----
 
-
 def option(default, help, choices=None):
-    """A dataclass field that becomes a command-line option, with its advice and the values that it
-    may have (None: any)."""
+    """A dataclass field that becomes a command-line option. choices: its values (None: any)."""
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
 def as_typed(value):
     """A value as it would be typed."""
-    if isinstance(value, tuple):
-        return " ".join(map(str, value)) or "none"
     if isinstance(value, bool):
         return "on" if value else "off"
-    return "none" if value == "" else str(value)
+    if isinstance(value, tuple):
+        value = " ".join(map(str, value))
+    return str(value) or "none"
 
 
 def on_off(word):
@@ -69,16 +66,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def add_options(parser, options_class, defaults=None, small=None):
-    """An option for each field of a dataclass. defaults: {name: value} in place of the fields' own,
-    small: what the small preset sets; both for --help alone."""
-    defaults, small = defaults or {}, small or {}
+def add_options(parser, options_class, defaults=(), small=()):
+    """An option for each field of a dataclass. For --help alone: defaults, {name: value} in place
+    of the fields' own, and small, what the small preset sets."""
     for f in fields(options_class):
-        shown = as_typed(defaults.get(f.name, f.default))
+        shown = as_typed(dict(defaults).get(f.name, f.default))
         if f.name in small:
             shown += f"; small: {as_typed(small[f.name])}"
-        words = f"{f.metadata.get('help', '')} ({shown})".replace("%", "%%")
-        how = {"type": type(f.default), "help": words, "choices": f.metadata.get("choices")}
+        how = {"type": type(f.default), "help": "", **f.metadata}
+        how["help"] = f"{how['help']} ({shown})".replace("%", "%%")
         if isinstance(f.default, tuple):
             how |= {"type": type(f.default[0]), "nargs": "*"}
         if isinstance(f.default, bool):
@@ -87,32 +83,32 @@ def add_options(parser, options_class, defaults=None, small=None):
 
 
 def typed(parser, words=None):
-    """What was typed, {name: value}, lists as the tuples that a dataclass holds."""
+    """-> {name: value} of what was typed; lists become tuples, as in a dataclass."""
     return {name: tuple(value) if isinstance(value, list) else value
             for name, value in vars(parser.parse_args(words)).items()}
 
 
 def configure(parser, words, config_class, method, checkpoint=None):
-    """Add the options of a run and of its method to a parser -> both dataclasses, from what was
-    typed over the checkpoint, or over the method's recipe and preset; {name: value} as typed."""
+    """Add the options of a run and of its method to a parser -> both dataclasses, {name: value} of
+    what was typed. It overrides the checkpoint, or the method's recipe and preset."""
     parser.add_argument("--preset", choices=("paper", "small"), help="default: small for walkers")
     add_options(parser, config_class, method.recipe, method.small)
     own = parser.add_argument_group(f"of {method.__name__}")
     add_options(own, method.Options, {}, method.small)
     given = typed(parser, words)
     data = given.get("data")
-    is_small = not data or os.path.isfile(os.path.join(data, "walkers.json"))
-    values = dict(method.recipe)
-    if given.get("preset", "small" if is_small else "paper") == "small":
-        values |= method.small
+    is_walkers = not data or os.path.isfile(f"{data}/walkers.json")
+    values = method.recipe
     if checkpoint:
         values = checkpoint["config"] | checkpoint["options"]
-    values |= given
+    elif given.get("preset", "small" if is_walkers else "paper") == "small":
+        values = values | method.small
+    values = values | given
     return fill(config_class, values), fill(method.Options, values), given
 
 
 def early(words, *names):
-    """Options that decide which others there are: {name: what was typed, or ""}."""
+    """Options that decide which other options exist -> {name: what was typed, or ""}."""
     parser = Parser(add_help=False)
     for name in names:
         parser.add_argument(f"--{name}", default="")
@@ -120,28 +116,25 @@ def early(words, *names):
 
 
 def fill(options_class, values):
-    """{name: value}, names of other classes among them -> the dataclass."""
-    names = {f.name for f in fields(options_class)}
-    return options_class(**{name: values[name] for name in values if name in names})
+    """{name: value} -> the dataclass. Names that it does not have are left out."""
+    names = [f.name for f in fields(options_class) if f.name in values]
+    return options_class(**{name: values[name] for name in names})
 
 
 # --------------------------------------------------------- your own code ----
 
-
 def load_own(what, name):
-    """FILE.py:NAME -> what that file of yours defines as NAME. It runs the file, whose folder is
-    searched for its own imports. what: the option, for errors. Raises UserError."""
+    """FILE.py:NAME -> what that file of yours defines as NAME. The file is run and may import from
+    its own folder. what: the option, for errors. Raises UserError."""
     path, _, attribute = name.rpartition(":")
     path = os.path.abspath(path)
-    if not path.endswith(".py") or not os.path.isfile(path):
-        raise UserError(f"{what} {name}: no such file; expected FILE.py:NAME of your own; check "
-                        "the path")
+    if not os.path.isfile(path):
+        raise UserError(f"{what} {name}: no such file; expected FILE.py:NAME; check the path")
     folder, file = os.path.split(path)
     sys.path += [ROOT, folder]
     module = importlib.import_module(file.removesuffix(".py"))
-    if os.path.realpath(module.__file__ or "") != os.path.realpath(path):
-        raise UserError(f"{what} {name}: another module has this name ({module.__file__}); give "
-                        "your file another name")
+    if not os.path.samefile(module.__file__, path):
+        raise UserError(f"{what} {name}: {module.__file__} has this name too; rename your file")
     if not hasattr(module, attribute):
         raise UserError(f"{what} {name}: {path} does not define {attribute}; check the name")
     return getattr(module, attribute)
@@ -150,31 +143,26 @@ def load_own(what, name):
 def load_method(name):
     """dinogrl, lsmrl, or FILE.py:CLASS -> the class. Raises UserError."""
     if name in METHODS:
-        file, attribute = METHODS[name].split(".py:")
-        return getattr(importlib.import_module(file), attribute)
+        name = f"{ROOT}/{METHODS[name]}"
     if ":" not in name:
-        raise UserError(f"--method {name} is not known; expected {', '.join(METHODS)}, or "
-                        "FILE.py:CLASS of your own")
+        known = ", ".join(METHODS)
+        raise UserError(f"--method {name} is not known; expected {known} or FILE.py:CLASS")
     method = load_own("--method", name)
     if getattr(method, "Options", None) is None:
-        raise UserError(f"--method {name} has no Options; expected a class derived from DinoGRL, "
-                        "LSMRL or Method")
+        raise UserError(f"--method {name} has no Options; expected a subclass of DinoGRL, LSMRL or "
+                        "Method")
     return method
 
 
-# ------------------------------------------------------------ exit codes ----
-
-
 def cli(main):
-    """Run main(): exit code 0 or what it returns; 2 and one line for a UserError; 130 for
-    Ctrl-C."""
+    """Run main(). The exit code is what it returns, 2 after a UserError, 130 after Ctrl-C."""
     try:
         sys.exit(main())
     except KeyboardInterrupt as stop:    # train.py says in it how to go on
         print(str(stop) or "interrupted", file=sys.stderr)
         sys.exit(130)
     except UserError as error:
-        # A loader process hands on its exception as a whole traceback, which ends with the line.
+        # From a loader process it comes as a whole traceback, which ends with the line.
         line = str(error).split("UserError: ")[-1].strip()
         print(f"error: {line}", file=sys.stderr)
         sys.exit(2)

@@ -1,10 +1,10 @@
 """The device, and several processes as torchrun starts them: one on each GPU, one batch in all.
 
-Each process computes the whole batch's losses from the embeddings of all, and the gradient of its
-own part. With one process, every function here is the simplest case of itself.
+Each process computes the losses of the whole batch, and the gradient of its own part. With one
+process, every function here does next to nothing.
 
-Quick question: why must batch norms of several processes be synchronised? (Their statistics are the
-batch's. Those of 8 tracklets differ from those of 32, and so does what is learned.)
+Quick question: why must batch norms of several processes be synchronised? (The statistics of 8
+tracklets differ from those of 32, and so does what is learned.)
 """
 import os
 import signal
@@ -12,10 +12,11 @@ import time
 from contextlib import contextmanager
 from datetime import timedelta
 
-from support.files import UserError
+from support.files import UserError, in_short
 
 import torch
 import torch.distributed as dist
+from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -29,6 +30,10 @@ def processes():
     return 0, 1
 
 
+def several():
+    return processes()[1] > 1
+
+
 def say(text):
     """Print, once for all processes."""
     if processes()[0] == 0:
@@ -36,25 +41,25 @@ def say(text):
 
 
 def ignore_interrupts(worker):
-    """For loader processes: Ctrl-C reaches all, and the main process answers it."""
+    """For loader processes: after Ctrl-C the main process ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def join(name):
-    """"" (CUDA if there is one), cuda, cuda:1, cpu -> torch.device; under torchrun each process's
-    own, and the processes join. Raises UserError."""
+    """cuda, cuda:1, cpu or "" (CUDA if there is one) -> torch.device. Under torchrun the processes
+    join, and each has its own GPU. Raises UserError."""
     global patient
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    is_torchrun = int(os.environ.get("WORLD_SIZE", 1)) > 1
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if several and name == "cuda":
+    if is_torchrun and name == "cuda":
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used ({str(error).splitlines()[0][:80]}); "
-                        "expected cuda, cuda:1, ... or cpu, and a GPU for each process") from None
-    if several and not dist.is_initialized():
+        raise UserError(f"--device {name} cannot be used ({in_short(error, 80)}); expected cuda, "
+                        "cuda:1, ... or cpu, and a GPU for each process") from None
+    if is_torchrun and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -64,75 +69,69 @@ def join(name):
 
 def precision_of(name, device):
     """auto, bfloat16, float16, float32 -> torch.dtype."""
-    if name == "auto" and device.type != "cuda":
-        return torch.float32
-    if name == "auto":    # T4 and V100 have no bfloat16 in hardware
-        has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
-        return torch.bfloat16 if has_bfloat16 else torch.float16
-    return getattr(torch, name)
+    if name == "auto" and device.type == "cuda":    # T4 and V100 have no bfloat16 in hardware
+        is_recent = torch.cuda.get_device_capability(device) >= (8, 0)
+        name = "bfloat16" if is_recent else "float16"
+    return torch.float32 if name == "auto" else getattr(torch, name)
 
 
 def leave():
     """The end of a script that has succeeded."""
-    if processes()[1] > 1:
+    if several():
         dist.destroy_process_group()
-        time.sleep(0.2)    # gloo's thread needs a moment, or it aborts an interpreter that ends
+        time.sleep(0.2)    # or gloo's thread aborts the interpreter that ends
 
 
 def wait_for_all():
     """Returns when every process has come here, be it hours later."""
-    if processes()[1] > 1:
+    if several():
         dist.barrier(group=patient)
 
 
 @contextmanager
 def first_goes_first():
-    """The first process of each machine does it, then the others: what is downloaded or drawn is
-    there already."""
-    first = processes()[1] == 1 or os.environ["LOCAL_RANK"] == "0"
-    if not first:
+    """One process of each machine downloads or draws; the others come after it and find it done."""
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not is_first:
         wait_for_all()
     yield
-    if first:
+    if is_first:
         wait_for_all()
 
 
 def from_first(make):
     """make() of process 0, in all processes."""
     values = [make() if processes()[0] == 0 else None]
-    if processes()[1] > 1:
+    if several():
         dist.broadcast_object_list(values)
     return values[0]
 
 
 def collect(value):
-    """Any value of each process, be they ready hours apart -> all of them in process 0, None in the
-    others."""
+    """A value of each process -> the list of all in process 0, None in the others."""
     rank, world = processes()
     values = [value] * world if rank == 0 else None
-    if world > 1:
+    if several():
         dist.gather_object(value, values, group=patient)
     return values
 
 
 def averaged(sums, steps):
     """{name: sum} -> {name: mean over steps and processes}."""
-    values = torch.stack([value.double() for value in sums.values()])
-    if processes()[1] > 1:
+    values = torch.stack([value.double() for value in sums.values()]) / steps / processes()[1]
+    if several():
         dist.all_reduce(values)
-    return dict(zip(sums, (values / steps / processes()[1]).tolist(), strict=True))
+    return dict(zip(sums, values.tolist(), strict=True))
 
 
 # -------------------------------------------------- gradients of one batch ----
 
 class Gathered(torch.autograd.Function):
-    """See gathered."""
-
     @staticmethod
     def forward(ctx, x):
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format)
-                 for _ in range(processes()[1])]
-        dist.all_gather(parts, x.contiguous())
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(processes()[1])]
+        dist.all_gather(parts, x)
         return torch.cat(parts)
 
     @staticmethod
@@ -142,38 +141,37 @@ class Gathered(torch.autograd.Function):
 
 
 def gathered(x):
-    """x (B, ...) of this process -> (world * B, ...) of all of them, in order of rank, for losses
-    that compare tracklets: every process computes the same loss of the whole batch. Its gradient
-    goes back to each one's part, `world *` since DistributedDataParallel then takes a mean."""
-    return x if processes()[1] == 1 else Gathered.apply(x)
+    """x (B, ...) of this process -> (world * B, ...) of all, in order of rank. Each process gets
+    the gradient of its own part, times `world`: DistributedDataParallel takes the mean."""
+    return Gathered.apply(x) if several() else x
 
 
 def shared(model):
     """The model as each process calls it: gradients are averaged over processes. On GPUs batch
-    norms see the batch of all processes (those of model.whole_batch are given it); torch has no
-    such batch norm for CPUs, where each process uses its own share."""
-    if processes()[1] == 1:
+    norms see the batch of all processes (modules of model.whole_batch are given it); torch has no
+    such batch norm for CPUs."""
+    if not several():
         return model
-    whole = {module for name in model.whole_batch
-             for module in model.get_submodule(name).modules()}
-    for module in list(model.modules()) if model.device.type == "cuda" else []:
-        for name, child in module.named_children():
-            if isinstance(child, _BatchNorm) and child not in whole:
-                setattr(module, name, torch.nn.SyncBatchNorm.convert_sync_batchnorm(child))
+    if model.device.type == "cuda":
+        whole = [m for name in model.whole_batch for m in model.get_submodule(name).modules()]
+        for module in list(model.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, _BatchNorm) and child not in whole:
+                    setattr(module, name, SyncBatchNorm.convert_sync_batchnorm(child))
     # Unused parameters: by an ablation, say. No device_ids: modality stays on the CPU.
     return DistributedDataParallel(model, find_unused_parameters=True)
 
 
 def average_gradients(module):
     """For what is trained outside `shared`: the warm-up of a part."""
-    for parameter in module.parameters() if processes()[1] > 1 else []:
+    for parameter in module.parameters() if several() else []:
         dist.all_reduce(parameter.grad)
         parameter.grad /= processes()[1]
 
 
 def take_buffers_of_first(model):
-    """Process 0's batch norms are the ones that are saved: they count in an evaluation too."""
-    for buffer in model.buffers() if processes()[1] > 1 else []:
+    """Evaluate with the batch norms of process 0, which are also the ones that are saved."""
+    for buffer in model.buffers() if several() else []:
         dist.broadcast(buffer, 0)
 
 
@@ -181,16 +179,17 @@ def take_buffers_of_first(model):
 
 def random_states(device):
     """{"cpu": (processes, bytes), "cuda": the same or None}."""
-    cpu = gathered(torch.get_rng_state()[None].to(device)).cpu()
-    if device.type != "cuda":
-        return {"cpu": cpu, "cuda": None}
-    return {"cpu": cpu, "cuda": gathered(torch.cuda.get_rng_state(device)[None].to(device)).cpu()}
+    def of_all(state):
+        return gathered(state[None].to(device)).cpu()
+
+    cuda = of_all(torch.cuda.get_rng_state(device)) if device.type == "cuda" else None
+    return {"cpu": of_all(torch.get_rng_state()), "cuda": cuda}
 
 
 def restore_random_states(states, device):
-    """By another number of processes or on another device than saved: as far as it fits."""
+    """As far as they fit: the processes and the device may be others than when they were saved."""
     rank = processes()[0]
     if rank < len(states["cpu"]):    # cloned: torch reads a view from its storage's beginning
         torch.set_rng_state(states["cpu"][rank].clone())
-    if device.type == "cuda" and states["cuda"] is not None and rank < len(states["cuda"]):
-        torch.cuda.set_rng_state(states["cuda"][rank].clone(), device)
+        if device.type == "cuda" and states["cuda"] is not None:
+            torch.cuda.set_rng_state(states["cuda"][rank].clone(), device)

@@ -1,9 +1,9 @@
 """Pictures: what a model sees (silhouettes, codes), what it finds (ranked lists), how it learned.
 
-    a Seen for each tracklet      -> draw_silhouettes    frames, silhouettes, codes, true masks
-    a Reading for each tracklet   -> draw_reading        where LSMRL looks, whose sentences it reads
-    a Row for each query          -> draw_ranking        green: the right person; red: a wrong one;
-                                                         grey: unknown; a bar for each strip
+    frames and SASGL's Codes      -> draw_silhouettes    frames, silhouettes, codes, true masks
+    frames and LSMRL's reading    -> draw_reading        where it looks, whose sentences it reads
+    a list of Found per query     -> draw_ranking        green: the right person; red: a wrong one;
+                                                         grey: unknown
     the lines of log.jsonl        -> draw_curves         losses per epoch, Rank-1 per evaluation
 
 Each draw_ function takes tensors and returns a PIL image. It runs no model and opens no file.
@@ -12,28 +12,28 @@ Quick question: which tracklets should a sheet show? (Evenly spaced ones, chosen
 is known. A sheet of the best ones would show what we hope for.)
 """
 import math
-import os
+from collections import defaultdict
 from typing import NamedTuple
 
 from support.files import write_picture
-from support.footage import normalise, read_frame, true_masks
+from support.footage import normalise, read_frames, true_masks
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-BLACK, GRID = (0, 0, 0), (222, 222, 222)
-GREEN, RED, GREY = (0, 150, 60), (215, 45, 35), (150, 150, 150)
+HEIGHT = 128    # of a frame, in pixels
+BLACK, GREY, GRID = "#000000", "#969696", "#dedede"
+GREEN, RED = "#00963c", "#d72d23"
 # One colour per curve. Colour-blind readers can tell them apart as well as twelve allow.
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9",
            "#787878", "#000000", "#8c564b", "#9467bd", "#bcbd22", "#17828c"]
 
 
 def evenly(items, n):
-    """n evenly spaced items, including the first and the last; all items if there are fewer."""
-    places = np.linspace(0, len(items) - 1, min(n, len(items)))
-    return [items[int(place)] for place in places]
+    """n evenly spaced items, including the first and the last; some repeat if there are fewer."""
+    return [items[int(place)] for place in np.linspace(0, len(items) - 1, n)]
 
 
 class Sheet:
@@ -52,64 +52,51 @@ class Sheet:
         self.pen.text((x, y), words, fill=colour, font=self.font, anchor=anchor)
 
 
-def in_a_row(images, height, width):
+def in_a_row(images, width):
     """Frames (T, 3, H, W), uint8 or in 0..1, or maps (T, h, w) in 0..1 -> PIL image of T pictures
-    in a row, each of height x width pixels."""
+    in a row, each of HEIGHT x width pixels."""
     images = images / 255 if images.dtype == torch.uint8 else images.float()
     if images.ndim == 3:
         images = images[:, None].expand(-1, 3, -1, -1)
-    images = F.interpolate(images, (height, width), mode="bilinear", antialias=True)
-    row = images.permute(2, 0, 3, 1).flatten(1, 2)    # (height, T * width, 3)
+    images = F.interpolate(images, (HEIGHT, width), mode="bilinear", antialias=True)
+    row = images.permute(2, 0, 3, 1).flatten(1, 2)    # (HEIGHT, T * width, 3)
     return Image.fromarray((255 * row).round().byte().cpu().numpy())
 
 
-def in_columns(titles, rows, captions, height):
-    """A sheet with one column per tracklet -> PIL image.
+def in_columns(titles, rows, label="", captions=()):
+    """A sheet with one column of T frames per tracklet -> PIL image.
 
-    rows: {name: for each column what in_a_row takes, or None}, first the frames, of the same
-    shape in all columns. captions: for each column the words below the pictures of the last row."""
-    T, _, H, W = rows["frames"][0].shape
-    width = height * W // H
-    across, down = T * width + 8, height + 8
+    rows: {name: the n * T pictures of all tracklets, see in_a_row}, the first of frames. captions:
+    for each tracklet the words below its pictures; label: what these words are."""
+    n, (_, _, H, W) = len(titles), rows["frames"].shape
+    T, width = len(rows["frames"]) // n, HEIGHT * W // H
+    across, down = T * width + 8, HEIGHT + 8
     bottom = 24 + len(rows) * down
-    sheet = Sheet(130 + len(titles) * across, bottom + 16)
-    for r, (name, images_of) in enumerate(rows.items()):
-        y = 24 + r * down
-        sheet.text(6, y + height // 2 - 8, name)
-        for c, images in enumerate(images_of):
-            if images is not None:
-                strip = in_a_row(images, height, width)
-                sheet.image.paste(strip, (130 + c * across, y))
+    sheet = Sheet(130 + n * across, bottom + 16)
     for c, title in enumerate(titles):
-        x = 130 + c * across
-        sheet.text(x, 4, title, T * width)
-        for k, caption in enumerate(captions[c]):
-            sheet.text(x + k * width, bottom - 6, caption, width)
+        sheet.text(130 + c * across, 4, title, T * width)
+    for r, (name, images) in enumerate(rows.items()):
+        y = 24 + r * down
+        sheet.text(6, y + HEIGHT // 2 - 8, name)
+        for c, own in enumerate(images.chunk(n)):
+            sheet.image.paste(in_a_row(own, width), (130 + c * across, y))
+    sheet.text(6, bottom - 6, label)
+    for c, own in enumerate(captions):
+        for k, words in enumerate(own):
+            sheet.text(130 + c * across + k * width, bottom - 6, words, width)
     return sheet.image
 
 
 # ----------------------------------------------------------- silhouettes ----
 
-class Seen(NamedTuple):
-    """A tracklet as SASGL sees it."""
-    title: str
-    frames: torch.Tensor           # uint8 (T, 3, H, W)
-    body: torch.Tensor             # its probability, (T, h, w) in 0..1
-    silhouette: torch.Tensor       # (T, h, w) in 0..1
-    denoising: torch.Tensor        # code (T, 16, h, w)
-    appearance: torch.Tensor       # code (T, 16, h, w)
-    masks: torch.Tensor | None     # the true silhouettes, bool (T, H, W)
-    iou: torch.Tensor | None       # overlap of silhouette and true mask, (T,)
-
-
 def principal_colours(codes):
-    """Codes of n tracklets, a list of (T, 16, h, w) -> (n, T, 3, h, w) in 0..1, background black.
+    """Codes (N, 16, h, w) -> (N, 3, h, w) in 0..1, background black.
 
     A code has 16 channels and a picture has three: red, green and blue show the three principal
-    components of the pixels of all tracklets. So the same colour means the same code."""
-    codes = torch.stack(codes).float().cpu().movedim(2, -1)    # (n, T, h, w, 16)
+    components of the pixels of all frames. So the same colour means the same code."""
+    codes = codes.float().cpu().movedim(1, -1)    # (N, h, w, 16)
     is_body = codes.abs().sum(-1) > 0
-    colours = codes.new_zeros(*codes.shape[:-1], 3)
+    colours = codes.new_zeros(*is_body.shape, 3)
     pixels = codes[is_body]    # (M, 16)
     if len(pixels) > 3:
         pixels = pixels - pixels.mean(0)
@@ -120,127 +107,93 @@ def principal_colours(codes):
         low, high = places.quantile(torch.tensor([0.02, 0.98]), dim=0)
         places = (places - low) / (high - low).clamp(min=1e-6)
         colours[is_body] = 0.15 + 0.85 * places.clamp(0, 1)
-    return colours.movedim(-1, 2)
+    return colours.movedim(-1, 1)
 
 
-def draw_silhouettes(columns, height=128):
-    """columns: a Seen for each tracklet, all of the same T, H and W -> PIL image. The true masks
-    and their IoU are drawn if at least one tracklet has them."""
-    titles, frames, body, silhouette, denoising, appearance, masks, iou = zip(*columns, strict=True)
+def iou(silhouettes, masks):
+    """Silhouettes (N, h, w), true masks (N, H, W) -> the overlap of each, (N,): intersection over
+    union of the mask and what is at least 0.5 at its size."""
+    enlarged = F.interpolate(silhouettes[:, None].cpu(), masks.shape[1:], mode="bilinear")
+    found = enlarged[:, 0] >= 0.5
+    either = (found | masks).sum((1, 2))
+    return (found & masks).sum((1, 2)) / either.clamp(min=1)
+
+
+def draw_silhouettes(titles, frames, codes, masks):
+    """What SASGL sees -> PIL image, with the IoU of silhouettes and true masks.
+
+    titles: of n tracklets; frames: uint8 (n * T, 3, H, W); codes: SASGL's Codes of the frames;
+    masks: the true ones, bool (n * T, H, W), or None."""
     rows = {"frames": frames,
-            "body probability": body,
-            "silhouette": silhouette,
-            "denoising code": principal_colours(denoising),
-            "appearance code": principal_colours(appearance)}
-    if any(mask is not None for mask in masks):
-        rows["true mask"] = masks
-    captions = [[] if one is None else [f"IoU {one.mean().item():.2f}"] for one in iou]
-    return in_columns(titles, rows, captions, height)
+            "body probability": codes.body,
+            "silhouette": codes.silhouette,
+            "denoising code": principal_colours(codes.denoising),
+            "appearance code": principal_colours(codes.appearance)}
+    if masks is None:
+        return in_columns(titles, rows)
+    overlaps = iou(codes.silhouette, masks).view(len(titles), -1)
+    captions = [[f"{overlap:.2f}" for overlap in own] for own in overlaps]
+    rows["true mask"] = masks
+    return in_columns(titles, rows, "IoU", captions)
 
 
 # ------------------------------------------------------- what LSMRL reads ----
 
-class Reading(NamedTuple):
-    """A tracklet as LSMRL reads it. frames: uint8 (T, 3, H, W); look: where the token of each frame
-    looks, (T, h, w), or None; sentences: those it reads most, at most T of (caption, picture of the
-    sentence's person, uint8 (3, H, W), or None)."""
-    title: str
-    frames: torch.Tensor
-    look: torch.Tensor | None
-    sentences: list
+def draw_reading(titles, frames, look, captions):
+    """What LSMRL reads -> PIL image. A frame is bright where its token looks.
 
-
-def lit(frames, look):
-    """Frames (T, 3, H, W) and shares of their patches (T, h, w) or None -> the frames, bright where
-    the share is high; the patch with the highest share keeps its brightness."""
-    if look is None:
-        return None
-    look = look[:, None].float().cpu()
-    look = look / look.amax((2, 3), keepdim=True)
-    light = F.interpolate(look, frames.shape[-2:], mode="bilinear")
-    return frames / 255 * (0.15 + 0.85 * light)
-
-
-def draw_reading(columns, height=128):
-    """columns: a Reading for each tracklet, all of the same T, H and W -> PIL image: the frames,
-    where their tokens look, and the people whose sentences each tracklet reads most."""
-    titles, frames, looks, sentences = zip(*columns, strict=True)
-    white = torch.full_like(frames[0][0], 255)
-    captions, people = [], []
-    for read in sentences:
-        faces = [white if face is None else face for _, face in read]
-        people.append(torch.stack(faces) if faces else None)
-        captions.append([caption for caption, _ in read])
-    rows = {"frames": frames,
-            "looks at": list(map(lit, frames, looks)),
-            "reads most of": people}
-    return in_columns(titles, rows, captions, height)
+    titles: of n tracklets; frames: uint8 (n * T, 3, H, W); look: the share of each patch in what
+    the frame's token reads, (n, T, h, w), or None; captions: for each tracklet the sentences that
+    it reads most, in words."""
+    rows = {"frames": frames}
+    if look is not None:
+        look = look.flatten(0, 1)[:, None].float().cpu()
+        look = look / look.amax((2, 3), keepdim=True)
+        light = F.interpolate(look, frames.shape[-2:], mode="bilinear")
+        rows["looks at"] = frames / 255 * (0.15 + 0.85 * light)
+    return in_columns(titles, rows, "reads most of", captions)
 
 
 # ---------------------------------------------------------- ranked lists ----
 
+BORDER = 4    # pixels
+BORDERS = {"query": BLACK,
+           True: GREEN,    # the query's person
+           False: RED,
+           None: GREY}     # unknown
+
+
 class Found(NamedTuple):
-    """A tracklet in a ranked list. frames: uint8 (k, 3, H, W); right: is it the query's person?
-    None: unknown; strips: {stream: the distance in each strip, from top to bottom}, as bars."""
+    """A tracklet in a ranked list. frames: uint8 (k, 3, H, W); right: "query", or whether it is the
+    query's person; None: unknown."""
     caption: str
     frames: torch.Tensor
+    right: bool | str | None
     distance: float
-    right: bool | None
-    strips: dict = {}
 
 
-class Row(NamedTuple):
-    """A query, frames uint8 (k, 3, H, W), and what was found for it, the nearest first."""
-    title: str
-    frames: torch.Tensor
-    ranked: list[Found]
+def draw_ranking(rows):
+    """Ranked lists -> PIL image, with a coloured border around the k frames of each tracklet.
 
-
-BORDER, LINE, BAR = 4, 15, 24    # pixels; BAR: the longest bar and the gap after it
-
-
-def draw_ranking(rows, height=112):
-    """rows: a Row for each query -> PIL image. Each row shows the query, then its ranked tracklets:
-    frames inside a green, red or grey border, and bars for the strips."""
-    every = [found for row in rows for found in row.ranked]
-    longest = {stream: max(float(max(found.strips[stream])) for found in every) or 1
-               for stream in every[0].strips}
-    H, W = rows[0].frames.shape[-2:]
-    width = height * W // H
-    cell = 2 * BORDER + width * max(len(one.frames) for one in [*rows, *every])
-    across, down = cell + BAR * len(longest) + 10, height + 74
-    columns = 1 + max(len(row.ranked) for row in rows)
-    sheet = Sheet(10 + columns * across, 30 + len(rows) * down)
-    borders = {"query": BLACK, True: GREEN, False: RED, None: GREY}
+    rows: for each query a list of Found: the query itself, then the nearest first."""
+    k, _, H, W = rows[0][0].frames.shape
+    width = HEIGHT * W // H
+    cell = k * width + 2 * BORDER
+    across, down = cell + 10, HEIGHT + 58
+    sheet = Sheet(10 + max(map(len, rows)) * across, 20 + len(rows) * down)
     for r, row in enumerate(rows):
-        x, y = 10, 30 + r * down
-        below = y + height + BORDER + 2
-        sheet.text(x, y - 22, row.title)
-        query = Found("query", row.frames, 0, "query")
-        for place, found in enumerate([query, *row.ranked]):
-            edges = x, y - BORDER, x + cell - 1, y + height + BORDER - 1
-            sheet.pen.rectangle(edges, fill=borders[found.right])
-            sheet.image.paste(in_a_row(found.frames, height, width), (x + BORDER, y))
-            sheet.text(x, below, found.caption, cell)
-            if place > 0:
-                sheet.text(x, below + LINE, f"{place}.   {found.distance:.3f}")
-            draw_bars(sheet, x + cell + 2, y, height, found.strips, longest)
-            x += across
-    if longest:
-        words = f"bars: distance in each strip of the body ({', '.join(longest)}); short: alike"
-        sheet.text(10, sheet.image.height - 20, words)
+        y = 26 + r * down
+        below = y + HEIGHT + 2 * BORDER
+        sheet.text(10, y - 18, row[0].caption)
+        for place, found in enumerate(row):
+            x = 10 + place * across
+            sheet.image.paste(BORDERS[found.right], (x, y, x + cell, below))
+            sheet.image.paste(in_a_row(found.frames, width), (x + BORDER, y + BORDER))
+            words = f"{place}.   {found.distance:.3f}" if place else "query"
+            sheet.text(x, below + 1, words)
+            if place:
+                sheet.text(x, below + 16, found.caption, cell)
     return sheet.image
-
-
-def draw_bars(sheet, x, y, height, strips, longest):
-    """One bar per strip; the streams from left to right, the strips from top to bottom."""
-    for (stream, distances), colour in zip(strips.items(), COLOURS, strict=False):
-        step = height / len(distances)
-        for k, distance in enumerate(distances):
-            top = y + k * step
-            length = (BAR - 4) * float(distance) / longest[stream]
-            sheet.pen.rectangle((x, top, x + length, top + 0.8 * step), fill=colour)
-        x += BAR
 
 
 # ---------------------------------------------------------------- charts ----
@@ -282,44 +235,42 @@ class Chart:
         left, top, right, bottom = self.box
         return np.interp(x, self.x, (left, right)), np.interp(y, self.y, (bottom, top))
 
-    def line(self, points, colour, width=8):
-        places = [self.at(x, y) for x, y in points]
+    def line(self, points, colour, width):
+        places = [self.at(*point) for point in points]
         self.pen.line(places, fill=colour, width=width)
 
     def dot(self, x, y, colour, radius=12):
         x, y = self.at(x, y)
-        self.pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+        edges = x - radius, y - radius, x + radius, y + radius
+        self.pen.ellipse(edges, fill=colour)
 
-    def key(self, words, colour):
-        """The next line of the legend, at the right of the frame."""
+    def curve(self, points, words, width=8):
+        """points: [(x, y), ...], with a dot on each, joined by a line of the next colour, and a
+        line of the legend, at the right of the frame."""
+        colour = COLOURS[self.keys % len(COLOURS)]
+        self.line(points, colour, width)
+        for point in points:
+            self.dot(*point, colour, radius=4 + width)
         _, top, right, _ = self.box
         self.sheet.text(right + 56, top + 80 * self.keys, words, colour=colour)
         self.keys += 1
-
-    def curve(self, points, words, width=8):
-        """points: [(x, y), ...], with a dot on each, joined by a line of the next colour."""
-        colour = COLOURS[self.keys % len(COLOURS)]
-        self.line(points, colour, width)
-        for x, y in points:
-            self.dot(x, y, colour, radius=4 + width)
-        self.key(words, colour)
 
 
 def draw_curves(log, title):
     """log: the lines of log.jsonl, as dicts -> PIL image: every loss per epoch on a logarithmic
     axis, and Rank-1 per evaluation, with thin lines for each stream alone. A line may lack
     "losses", "rank-1" or "streams"."""
-    losses, rank_1 = {}, {}    # {name: [(epoch, value), ...]}
+    losses, rank_1 = defaultdict(list), defaultdict(list)    # {name: [(epoch, value), ...]}
     for line in log:
         epoch = line["epoch"]
         for name, loss in line.get("losses", {}).items():
             if 0 < loss < math.inf:    # others do not fit on a logarithmic axis
-                losses.setdefault(name, []).append((epoch, math.log10(loss)))
+                losses[name].append((epoch, math.log10(loss)))
         for direction in line.get("rank-1", {}):
             whole_and_alone = {"": line} | line.get("streams", {})
             for stream, scores in whole_and_alone.items():
                 per_cent = 100 * scores["rank-1"][direction]
-                rank_1.setdefault((direction, stream), []).append((epoch, per_cent))
+                rank_1[direction, stream].append((epoch, per_cent))
 
     sheet = Sheet(4960, 1680, font_size=52)
     epochs = round_numbers(log[0]["epoch"], log[-1]["epoch"])
@@ -338,89 +289,77 @@ def draw_curves(log, title):
 
 # ----------------------------------------------- a dataset, seen by a model ----
 
-def iou(silhouettes, masks):
-    """Silhouettes (T, h, w), true masks (T, H, W) -> the overlap of each, (T,): intersection over
-    union of the mask and what is at least 0.5 at its size."""
-    enlarged = F.interpolate(silhouettes[:, None].cpu(), masks.shape[1:], mode="bilinear")
-    found = enlarged[:, 0] >= 0.5
-    either = (found | masks).sum((1, 2))
-    return (found & masks).sum((1, 2)) / either.clamp(min=1)
-
-
 def ious(silhouettes, frames_of, root):
     """The overlap in each frame of 32 tracklets; none without root/masks. silhouettes: N of (T, h,
     w); frames_of: the Frames that they were found in."""
-    found = []
-    for i in evenly(range(len(silhouettes)), 32):
+    found, n = [], len(silhouettes)
+    for i in evenly(range(n), min(32, n)):
         masks = true_masks(root, frames_of.paths(i), frames_of.size)
         if masks is not None:
             found += iou(silhouettes[i], masks).tolist()
     return found
 
 
-def person_of(tracklet):
-    return f"{tracklet.camera or ''} person {tracklet.pid}".strip()
+def name_of(tracklet):
+    return f"{tracklet.modality} {tracklet.camera or ''} person {tracklet.pid}"
 
 
-def frames_for(frames, size, number=3):
-    """Paths of frames -> uint8 (number, 3, H, W), evenly taken."""
-    return torch.stack([read_frame(frame, size) for frame in evenly(frames, number)])
+def found_of(caption, paths, size, right, distance=0):
+    """A Found from the paths of its frames: three of them are shown."""
+    return Found(caption, read_frames(evenly(paths, 3), size), right, distance)
 
 
-def write_ranking(folder, model, dataset, found, embeddings, size):
+def write_ranking(folder, dataset, found, size):
     """ranking.png: the nearest of four queries of each direction. found: of evaluate."""
     rows = []
     for direction, (distance, match, valid) in found.items():
         query, gallery = dataset.directions[direction]
-        for q in evenly(range(len(query)), 4):
-            asked, hits = dataset.test[query[q]], []
-            for g in np.where(valid[q], distance[q], np.inf).argsort()[:min(8, valid[q].sum())]:
-                t, strips = dataset.test[gallery[g]], {}
-                if torch.is_tensor(embeddings):
-                    apart = embeddings[query[q]] - embeddings[gallery[g]]    # (parts, dim)
-                    strips = model.strips_of(apart.norm(dim=1))
-                hits.append(Found(person_of(t), frames_for(t.frames, size), distance[q, g],
-                                  bool(match[q, g]), strips))
-            title = f"{direction}: {person_of(asked)}"
-            rows.append(Row(title, frames_for(asked.frames, size), hits))
-    write_picture(os.path.join(folder, "ranking.png"), draw_ranking(rows))
+        for q in evenly(range(len(query)), min(4, len(query))):
+            t = dataset.test[query[q]]
+            row = [found_of(name_of(t), t.frames, size, "query")]
+            order = np.where(valid[q], distance[q], np.inf).argsort()
+            for g in order[:valid[q].sum()][:8]:
+                t, right = dataset.test[gallery[g]], bool(match[q, g])
+                row.append(found_of(name_of(t), t.frames, size, right, distance[q, g]))
+            rows.append(row)
+    write_picture(f"{folder}/ranking.png", draw_ranking(rows))
+
+
+def write_sheets(folder, model, dataset, size, log, head):
+    """sees.png: two people by night and by day as the model sees them. curves.png: the log, if
+    there is one."""
+    by_pid = defaultdict(dict)
+    for t in dataset.test or dataset.train:
+        by_pid[t.pid].setdefault(t.modality, t)
+    people = [own for own in by_pid.values() if len(own) == 2]
+    shown = [own[modality] for own in evenly(people, min(2, len(people)))
+             for modality in ("infrared", "visible")]
+    if shown and (image := draw_seen(model, dataset, shown, size, "trained_on" not in head)):
+        write_picture(f"{folder}/sees.png", image)
+    if log:
+        image = draw_curves(log, f"{head['method']} on {dataset.name}")
+        write_picture(f"{folder}/curves.png", image)
 
 
 @torch.inference_mode()
-def write_sheets(folder, model, dataset, size, log, head):
-    """sees.png: two people by night and by day as the model sees them (silhouettes and codes) or
-    reads them (LSMRL). curves.png: the log, if there is one."""
-    model.eval()
-    is_home, by_pid = "trained_on" not in head, {}
-    for t in dataset.test or dataset.train:
-        by_pid.setdefault(t.pid, {}).setdefault(t.modality, t)
-    people = evenly([own for own in by_pid.values() if len(own) == 2], 2)
-    seen, readings = [], []
-    for t in (own[modality] for own in people for modality in ("infrared", "visible")):
-        title, frames = f"{t.modality} {person_of(t)}", frames_for(t.frames, size, 4)
-        normalised = normalise(frames.to(model.device))
-        if model.sasgl is not None:
-            codes, _ = model.sasgl.encode(normalised)
-            masks = true_masks(dataset.root, evenly(t.frames, 4), size)
-            overlap = None if masks is None else iou(codes.silhouette, masks)
-            seen.append(Seen(title, frames, *codes[1:], masks, overlap))
-        elif (reading := model.reading(normalised[None])) is not None:
-            look, reads = (None if x is None else x[0] for x in reading)
-            most = [] if reads is None else reads.topk(min(4, len(reads))).indices.tolist()
-            sentences = [(f"{reads[label]:.1%} {label}", None) for label in most]
-            if is_home:
-                sentences = [sentence_of(dataset, label, reads[label], size) for label in most]
-            readings.append(Reading(title, frames, look, sentences))
-    if seen or readings:
-        image = draw_silhouettes(seen) if seen else draw_reading(readings)
-        write_picture(os.path.join(folder, "sees.png"), image)
-    if log:
-        image = draw_curves(log, f"{head['method']} on {dataset.name}")
-        write_picture(os.path.join(folder, "curves.png"), image)
-
-
-def sentence_of(dataset, label, share, size):
-    """-> how much is read of a training identity's sentence, in words; a frame of that person."""
-    pid = dataset.classes[label]
-    t = next(t for t in dataset.train if t.pid == pid and t.modality == "visible")
-    return f"{share:.1%} {pid}", read_frame(t.frames[len(t.frames) // 2], size)
+def draw_seen(model, dataset, shown, size, is_home, T=4):
+    """Tracklets as SASGL sees them or LSMRL reads them -> PIL image, or None for other methods.
+    is_home: the training identities are those of the dataset."""
+    titles = list(map(name_of, shown))
+    paths = [path for t in shown for path in evenly(t.frames, T)]
+    frames = read_frames(paths, size)
+    seen = normalise(frames.to(model.device))
+    if model.eval().sasgl is not None:
+        codes, _ = model.sasgl.encode(seen)
+        return draw_silhouettes(titles, frames, codes, true_masks(dataset.root, paths, size))
+    reading = model.reading(seen.unflatten(0, (len(shown), T)))
+    if reading is None:
+        return None
+    look, reads = reading
+    captions = []
+    if reads is not None:
+        n = reads.shape[1]    # other walkers can be fewer
+        names = dataset.classes if is_home and len(dataset.classes) == n else range(n)
+        most = [zip(*own.topk(min(T, len(own))), strict=True) for own in reads]
+        captions = [[f"{share:.1%} {names[i]}" for share, i in own] for own in most]
+    return draw_reading(titles, frames, look, captions)

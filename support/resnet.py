@@ -3,13 +3,11 @@
     (N,3,256,128) -> Stem: conv1, bn1, maxpool -> (N,64,64,32) -> Stages: layer1..4 -> (N,2048,16,8)
 
 Each modality has its own stem, and both share one set of stages; the gait net has its own stages.
-The last stride is 1: re-identification needs the finer map. The order of the layers in each class
-is fixed: it decides which initial weights a seed gives.
+The last stride is 1: re-identification needs the finer map. Keep the order of the layers in each
+class: it decides which initial weights a seed gives.
 
 Quick question: why does the stem have no ReLU, though ResNet-50's has one? (The release leaves it
 out, and its weights were trained like that. A ReLU would change its embeddings.)
-
-Ours, not the paper's: `width` and `blocks`, for smaller networks that a CPU trains.
 """
 from functools import partial
 
@@ -21,6 +19,7 @@ from torch import nn
 
 # ImageNet V1, as in the release.
 RESNET50_URL = "https://download.pytorch.org/models/resnet50-0676ba61.pth"
+Conv = partial(nn.Conv2d, bias=False)
 
 
 class BasicBlock(nn.Module):
@@ -28,8 +27,8 @@ class BasicBlock(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.conv1 = Conv(width, width, 3, padding=1)
+        self.conv2 = Conv(width, width, 3, padding=1)
         self.bn1, self.bn2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
 
     def forward(self, x):
@@ -43,16 +42,16 @@ class Bottleneck(nn.Module):
 
     def __init__(self, in_channels, width, stride):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.conv1 = Conv(in_channels, width, 1)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.conv2 = Conv(width, width, 3, stride, 1)
         self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.conv3 = Conv(width, 4 * width, 1)
         self.bn3 = nn.BatchNorm2d(4 * width)
         self.downsample = None
         if stride != 1 or in_channels != 4 * width:
-            convolution = nn.Conv2d(in_channels, 4 * width, 1, stride, bias=False)
-            self.downsample = nn.Sequential(convolution, nn.BatchNorm2d(4 * width))
+            self.downsample = nn.Sequential(
+                Conv(in_channels, 4 * width, 1, stride), nn.BatchNorm2d(4 * width))
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
@@ -67,18 +66,16 @@ class Stem(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
+        self.conv1 = Conv(3, width, 7, 2, 3)
         self.bn1 = nn.BatchNorm2d(width)
 
     def forward(self, x):
         return F.max_pool2d(self.bn1(self.conv1(x)), 3, 2, 1)
 
 
-class Stages(nn.Module):
-    """layer1..layer4: (N, width, H, W) -> (N, out_channels, h, w).
-
-    blocks, strides: one number for each layer; (3, 4, 6, 3) and (1, 2, 2, 1) with width 64 are
-    ResNet-50 with last stride 1 and 2048 channels."""
+class Stages(nn.Sequential):
+    """layer1..layer4: (N, width, H, W) -> (N, out_channels, h, w). ResNet-50 with last stride 1 is
+    width 64, blocks (3, 4, 6, 3) and strides (1, 2, 2, 1), one number for each layer."""
 
     def __init__(self, *, width, blocks, strides):
         super().__init__()
@@ -88,14 +85,11 @@ class Stages(nn.Module):
             for j in range(number):
                 layer.append(Bottleneck(channels, width * 2 ** i, stride if j == 0 else 1))
                 channels = 4 * width * 2 ** i
-            setattr(self, f"layer{i + 1}", nn.Sequential(*layer))
+            self.add_module(f"layer{i + 1}", nn.Sequential(*layer))
         self.out_channels = channels
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, x):
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
 
 def load_resnet50(source, stems, stages):
@@ -103,14 +97,13 @@ def load_resnet50(source, stems, stages):
 
     source: "imagenet" (downloaded once and cached) or a file. Raises UserError."""
     if source == "imagenet":
-        fetch = partial(torch.hub.load_state_dict_from_url, RESNET50_URL, map_location="cpu",
-                        check_hash=True, weights_only=True)
-        tensors = download("ResNet-50 (ImageNet)", fetch, "give torchvision's file by "
-                           "--resnet-weights FILE, or take --resnet-weights random (much worse)")
+        tensors = download(
+            "ResNet-50 (ImageNet)", "give torchvision's file by --resnet-weights FILE, or take "
+            "--resnet-weights random (much worse)", torch.hub.load_state_dict_from_url,
+            RESNET50_URL, map_location="cpu", check_hash=True, weights_only=True)
     else:
         tensors = read_tensors(source)
-    pieces = [(stem, ("conv1.", "bn1.")) for stem in stems]
-    pieces += [(stage, "layer") for stage in stages]
-    for module, prefixes in pieces:
+    for module in [*stems, *stages]:
+        prefixes = tuple(f"{name}." for name, _ in module.named_children())
         own = {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
         load_strictly(module, own, f"{source} (as ResNet-50)")

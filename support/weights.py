@@ -5,6 +5,7 @@ random. The network runs, the loss falls, the results are a little worse: nobody
 """
 import hashlib
 import os
+import warnings
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -16,20 +17,14 @@ import torch
 
 
 def read_tensors(path):
-    """The contents of a torch file, opened with weights_only=True: nothing in it can run. Raises
-    UserError."""
+    """A torch file that holds a dict -> the dict. Opened with weights_only=True: nothing in it can
+    run. Raises UserError."""
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"no file {path}; expected a torch file; check the path") from None
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:    # a torn zip, another pickle: torch raises a dozen types
-        raise UserError(f"{path} cannot be read as a torch file of tensors "
-                        f"({type(error).__name__}); it may be torn or of another kind: download or "
-                        "save it again") from error
-    if not isinstance(tensors, dict):
-        raise UserError(f"{path} holds a {type(tensors).__name__}; expected a dict of tensors: is "
-                        "it the right file?")
-    return tensors
+        raise UserError(f"{path} cannot be read as a torch file of named tensors "
+                        f"({type(error).__name__}); check the path, or download or save it again"
+                        ) from error
 
 
 def load_strictly(module, tensors, what):
@@ -41,11 +36,13 @@ def load_strictly(module, tensors, what):
                         "file?") from None
 
 
-def download(what, fetch, ways_out):
-    """fetch() -> what it returns, from the official source or torch.hub's cache. Raises UserError
-    that names the ways out."""
+def download(what, ways_out, fetch, *words, **settings):
+    """fetch(*words, **settings): from the official source or torch.hub's cache, without warnings.
+    Raises UserError that names the ways out."""
     try:
-        return fetch()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")    # three about xFormers, harmless
+            return fetch(*words, **settings)
     except Exception as error:    # no network, no space, a changed address: a dozen types
         raise UserError(f"{what} is neither cached nor downloadable here ({type(error).__name__}: "
                         f"{in_short(error, 80)}); either run once with a network, or "
@@ -55,8 +52,7 @@ def download(what, fetch, ways_out):
 # ----------------------------------------------------------- checkpoints ----
 
 def without_frozen(model):
-    """The tensors of a checkpoint: all but those of the frozen networks, which come from where
-    they came from before."""
+    """The tensors of a checkpoint: all but those of the frozen networks."""
     prefixes = tuple(f"{name}." for name in model.frozen)
     return {name: tensor for name, tensor in model.state_dict().items()
             if not name.startswith(prefixes)}
@@ -66,7 +62,7 @@ def digest(module):
     """64 hex digits of a network's tensors: the same for the same tensors."""
     found = hashlib.sha256()
     for tensor in module.state_dict().values():
-        found.update(tensor.cpu().contiguous().numpy().tobytes())
+        found.update(tensor.cpu().numpy().tobytes())
     return found.hexdigest()
 
 
@@ -78,13 +74,13 @@ def digests(model):
 def read_checkpoint(path):
     """The folder of a run, or its last.pt -> the dict that train.py saved. Raises UserError."""
     if os.path.isdir(path):
-        path = os.path.join(path, "last.pt")
+        path = f"{path}/last.pt"
     checkpoint = read_tensors(path)
     keys = {"model", "frozen", "config", "options", "classes", "method", "epoch", "dataset"}
-    if not keys <= checkpoint.keys():
-        raise UserError(f"{path} is not a checkpoint of this version of train.py; expected a dict "
-                        f"with {', '.join(sorted(keys))}: train again, or check out the version "
-                        "that wrote it")
+    missing = ", ".join(sorted(keys - checkpoint.keys()))
+    if missing:
+        raise UserError(f"{path} has no {missing}; expected a checkpoint of this version of "
+                        "train.py: train again, or check out the version that wrote it")
     return checkpoint
 
 
@@ -95,15 +91,16 @@ def rebuild(method, options, size, checkpoint, path):
         if found != checkpoint["frozen"].get(name):
             raise UserError(f"{path} was trained with another {name}; expected the same frozen "
                             "network: give the file it was trained with")
-    kept = without_frozen(model)
-    frozen = {name: tensor for name, tensor in model.state_dict().items() if name not in kept}
-    load_strictly(model, {**frozen, **checkpoint["model"]}, path)
+    tensors = model.state_dict()
+    for name in without_frozen(model):
+        del tensors[name]
+    load_strictly(model, tensors | checkpoint["model"], path)
     return model
 
 
 def method_of(checkpoint, given):
-    """The name of the method to load. Your own code is run only where --method names it, never
-    because a checkpoint does. Raises UserError."""
+    """The name of the method to load. Your own code is run only if --method names it, never because
+    a checkpoint does. Raises UserError."""
     if checkpoint is None:
         return given
     stored = checkpoint["method"]
@@ -117,7 +114,7 @@ def method_of(checkpoint, given):
 
 def save(run, log, model, optimizer, scaler, dataset, config, options):
     """Write log.jsonl, then last.pt: all that an exact resume needs, after len(log) whole epochs.
-    All processes come here; process 0 writes."""
+    Every process must call it; process 0 writes."""
     checkpoint = {
         "model": without_frozen(model), "frozen": digests(model),
         "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "epoch": len(log),
@@ -126,23 +123,19 @@ def save(run, log, model, optimizer, scaler, dataset, config, options):
     if processes()[0] == 0:
         # The log first: a surplus line is dropped on resuming, a missing one would be lost.
         write_log(run, log)
-        write_atomic(os.path.join(run, "last.pt"), lambda file: torch.save(checkpoint, file))
+        write_atomic(f"{run}/last.pt", lambda file: torch.save(checkpoint, file))
 
 
 def restore(checkpoint, run, config, dataset, optimizer, scaler, device):
     """Optimizer, scaler and random states as they were -> the log so far. Raises UserError."""
     if checkpoint["classes"] != dataset.classes:
-        raise UserError(f"{run} was trained on other identities than the {len(dataset.classes)} of "
-                        f"{config.data}; expected what it was trained on: check --data")
+        raise UserError(f"{run} was trained on other identities than those of {config.data}; "
+                        "expected the same dataset: check --data")
     state = checkpoint["optimizer"]
-    for group in state["param_groups"]:    # by this command line and this device
-        group |= {"weight_decay": config.weight_decay, "fused": device.type == "cuda"}
-    try:
-        optimizer.load_state_dict(state)
-    except ValueError as error:
-        raise UserError(f"{run} cannot be resumed ({in_short(error)}); expected the optimizer and "
-                        "the parameters that it was trained with") from None
-    if scaler.is_enabled() and checkpoint["scaler"]:
+    for stored, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        stored |= own | {"params": stored["params"]}    # rates by this command line and this device
+    optimizer.load_state_dict(state)
+    if checkpoint["scaler"]:
         scaler.load_state_dict(checkpoint["scaler"])
     restore_random_states(checkpoint["random"], device)
     return read_log(run, checkpoint["epoch"])
@@ -151,15 +144,14 @@ def restore(checkpoint, run, config, dataset, optimizer, scaler, device):
 # ------------------------------------------------- a run, to be evaluated ----
 
 def add_run_options(parser):
-    """--checkpoint, and what can take the place of the run's own values: of its data, and of its
-    method's options."""
+    """--checkpoint, and options that replace the run's own."""
     parser.add_argument("--checkpoint", metavar="RUN", help="a run's folder, its last.pt, or the "
                         "folder of the authors' three files")
     parser.add_argument("--all-frames", action="store_true", help="every frame: slower, better")
     group = parser.add_argument_group("in place of the run's own values (see train.py --help)")
-    for name in ("data", "reader", "frame-rule", "device", "method"):
+    for name in "data", "reader", "frame-rule", "device", "method":
         group.add_argument(f"--{name}")
-    for name in ("frames", "test-frames", "workers", "test-batch"):
+    for name in "frames", "test-frames", "workers", "test-batch":
         group.add_argument(f"--{name}", type=int)
     first = early(None, "checkpoint", "method")
     if first["checkpoint"] and not is_release(first["checkpoint"]):
@@ -169,13 +161,13 @@ def add_run_options(parser):
 
 
 def is_release(path):
-    return os.path.isfile(os.path.join(path, "best_model.pth"))
+    return os.path.isfile(f"{path}/best_model.pth")
 
 
 def load_run(path, given=None):
     """A run's folder, its last.pt, or the folder of the authors' three files -> model in eval mode,
-    its config (a namespace), {"method", "dataset", "classes", ...}. given: {option: value} in place
-    of the run's own. Raises UserError."""
+    its config (a namespace), {"method", "dataset", "classes", ...}. given: {option: value}, used
+    instead of the run's own. Raises UserError."""
     given = given or {}
     if not path:
         raise UserError("no run; expected --checkpoint RUN; see --help")
@@ -187,9 +179,16 @@ def load_run(path, given=None):
     else:
         checkpoint = read_checkpoint(path)
         method = load_method(method_of(checkpoint, given.get("method", "")))
-        config = dict(checkpoint["config"])
+        config = checkpoint["config"]
         options = fill(method.Options, checkpoint["options"] | given)
         model = rebuild(method, options, config["size"], checkpoint, path)
-    config |= {name: given[name] for name in config if name in given}
+    config = {name: given.get(name, value) for name, value in config.items()}
     device = join(given.get("device", ""))
     return model.eval().to(device), SimpleNamespace(**config), checkpoint
+
+
+def check_reader(config, given):
+    """Your own reader is run only where the command line names it. Raises UserError."""
+    if config.reader and "reader" not in given:
+        raise UserError(f"the run's reader {config.reader} is your own code; expected --reader "
+                        'FILE.py:FUNCTION, or --reader "" for a dataset that needs none')

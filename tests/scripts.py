@@ -1,8 +1,5 @@
-"""The scripts as a user runs them: run("train.py", "--data", ...) in a process of its own,
-here("train.py", "--data", ...) in this one, seconds sooner; and what they leave.
-
-Both with one thread: the same sums in the same order, and as quick for networks as small as these.
-"""
+"""Scripts as a user runs them: run("train.py", "--data", ...) in a process of its own, here(...) in
+this one, seconds sooner. Both with one thread: the same sums in the same order."""
 import io
 import json
 import os

@@ -136,12 +136,6 @@ def test_a_third_stream_is_one_more_entry():
     sizes = {name: own.shape[1] for name, own in parts.items()}
     assert sizes == {"gait": 9, "appearance": 9, "coarse": 5}
     assert torch.equal(torch.cat(list(parts.values()), dim=1), embedding)
-    # The narrowest of 1 + 2 + 4 parts and 2 refined ones; of 1 + 4 + 2.
-    strips = model.strips_of(torch.arange(23))
-    assert strips["gait"].tolist() == [3, 4, 5, 6]
-    assert strips["appearance"].tolist() == [12, 13, 14, 15]
-    strips = small_model(strips=(1, 4, 2)).strips_of(torch.arange(18))
-    assert strips["appearance"].tolist() == [10, 11, 12, 13]
 
 
 class GaitAlone(Method):

@@ -1,10 +1,7 @@
 """Two processes, as torchrun starts them: the losses and gradients of one, and a run."""
 import os
-from pathlib import Path
 
-import train
-from scripts import OPTIONS, ROOT, TINY, here, log_of, results_of, run, succeeds, tensors_of
-from support.options import cli
+from scripts import OPTIONS, TINY, here, log_of, results_of, succeeds, tensors_of
 from support.parallel import gathered, join, processes, shared
 from train import read_command_line
 
@@ -60,32 +57,32 @@ def gradient_of_gathered():
     return together.detach(), x.grad
 
 
-def both(folder):
-    """What each of the two processes does, before it trains."""
+def both(rank, port, folder, words):
+    """What each of the two processes does: a step of each method, a run."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_PORT=str(port),
+                      MASTER_ADDR="127.0.0.1", TORCHELASTIC_USE_AGENT_STORE="True")
+    torch.set_num_threads(1)
     join("cpu")
     found = {"steps": steps(), "gathered": gradient_of_gathered()}
-    torch.save(found, Path(folder) / f"{processes()[0]}.pt")
-    cli(train.main)
-
-
-PROGRAM = "import sys, test_parallel; test_parallel.both(sys.argv.pop(1))"
+    result = succeeds(here("train.py", *words))
+    torch.save({**found, "printed": result.stdout}, folder / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def two(walkers, tmp_path_factory):
-    """-> the folder with what two processes found and their run, and what they printed."""
+    """-> the folder of their run, what each of the two processes found and printed."""
     folder = tmp_path_factory.mktemp("two")
-    (folder / "program.py").write_text(PROGRAM)
-    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
     words = ["--data", walkers, "--run", folder / "run", *TINY]
-    return folder, succeeds(run(
-        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
-        folder / "program.py", folder, *words, env={"PYTHONPATH": path}))
+    # As torchrun: it lets them find each other in a store of its own, and sets their variables.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    torch.multiprocessing.start_processes(
+        both, (store.port, folder, words), nprocs=2, start_method="fork")
+    return folder / "run", [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
 def test_two_processes_have_the_losses_and_the_gradients_of_one(two):
     one = steps()
-    pair = [torch.load(two[0] / f"{rank}.pt")["steps"] for rank in (0, 1)]
+    pair = [found["steps"] for found in two[1]]
     for method, (losses, gradients) in one.items():
         largest = max(gradient.abs().max() for gradient in gradients.values())
         assert len(losses) > 3 and len(gradients) > 50
@@ -101,18 +98,17 @@ def test_two_processes_have_the_losses_and_the_gradients_of_one(two):
 
 def test_gathered_sends_the_gradient_of_each_share_back(two):
     """Twice, since the mean over two processes is taken where a sum is due."""
-    for rank, gradient in enumerate([[2.0, 4], [6, 8]]):
-        found, own = torch.load(two[0] / f"{rank}.pt")["gathered"]
-        assert found.tolist() == [5, 5, 6, 6] and own.tolist() == gradient
+    for found, gradient in zip(two[1], ([2, 4], [6, 8]), strict=True):
+        together, own = found["gathered"]
+        assert together.tolist() == [5, 5, 6, 6] and own.tolist() == gradient
 
 
-def test_a_run_of_two_is_told_once_and_resumed_by_one(two):
-    folder, printed = two[0] / "run", two[1].stdout
-    assert printed.count("2 x cpu") == printed.count("infrared->visible") == 1
-    assert len(log_of(folder)) == 1 and results_of(folder)["directions"]
-    evaluated = succeeds(here("evaluate.py", "--checkpoint", folder, "--out", two[0] / "out"))
-    assert "infrared->visible" in evaluated.stdout
-    for direction, scores in results_of(two[0] / "out")["directions"].items():
+def test_a_run_of_two_is_told_once_and_resumed_by_one(two, tmp_path):
+    folder, (first, second) = two
+    assert first["printed"].count("infrared->visible") == 1 and "2 x cpu" in first["printed"]
+    assert second["printed"] == "" and len(log_of(folder)) == 1
+    succeeds(here("evaluate.py", "--checkpoint", folder, "--out", tmp_path))
+    for direction, scores in results_of(tmp_path)["directions"].items():
         assert scores == pytest.approx(results_of(folder)["directions"][direction], abs=1e-6)
     succeeds(here("train.py", "--resume", folder, "--epochs", 2))
     assert tensors_of(folder)["epoch"] == 2 and len(log_of(folder)) == 2

@@ -1,4 +1,6 @@
 """Pictures: sizes, some pixels by value, the same picture for the same input, logs of any form."""
+from types import SimpleNamespace
+
 from support import pictures
 
 import numpy as np
@@ -14,51 +16,50 @@ def plain(level):
     return torch.full((2, 3, 16, 8), level).byte()
 
 
-def runs(line, colour):
-    """The lengths of a line's runs of pixels of a colour."""
-    text = "".join("x" if tuple(pixel) == colour else " " for pixel in line)
-    return [len(run) for run in text.split()]
-
-
-def test_a_ranked_list_shows_who_is_right_and_why():
-    """Borders by colour; a bar for each strip of each stream, as long as the distance there."""
-    near = {"gait": [1, 0], "appearance": [5, 5]}
-    far = {"gait": [2, 4], "appearance": [10, 0]}
-    ranked = [pictures.Found("a", plain(10), 0.5, True, near),
-              pictures.Found("b", plain(20), 1.2, False, far),
-              pictures.Found("c", plain(30), 2.0, None, near)]
-    query = pictures.Row("query", plain(90), ranked)
-    image = pictures.draw_ranking([query], height=64)
-    assert image.size == (530, 168)
-    upper, lower = np.asarray(image)[[38, 70]]    # through the two strips of the first row
-    borders = [tuple(upper[x]) for x in (10, 140, 270, 400)]
-    assert borders == [pictures.BLACK, pictures.GREEN, pictures.RED, pictures.GREY]
-    assert runs(upper, FIRST) == [6, 11, 6]
-    assert runs(lower, FIRST) == [1, 21, 1]
+def test_a_ranked_list_shows_who_is_right():
+    """Borders by colour, the frames inside."""
+    cells = [pictures.Found("words", plain(level), right, 0.5)
+             for level, right in ((90, "query"), (10, True), (20, False), (30, None))]
+    image = pictures.draw_ranking([cells, cells[:2]])
+    assert image.size == (594, 392)
+    line = np.asarray(image)[94]    # through the middle of the first row
+    borders = [tuple(line[x]) for x in (10, 156, 302, 448)]
+    colours = pictures.BLACK, pictures.GREEN, pictures.RED, pictures.GREY
+    assert borders == list(map(ImageColor.getrgb, colours))
+    assert line[[14, 160, 306, 452], 0].tolist() == [90, 10, 20, 30]
 
 
 def test_a_sheet_of_silhouettes():
-    """The body is the left half of each frame; the second one has true masks."""
-    body = torch.zeros(2, 16, 8)
+    """The body is the left half of each frame, in all maps but the silhouette."""
+    body = torch.zeros(4, 16, 8)
     body[..., :4] = 1
     code = body[:, None].repeat(1, 16, 1, 1)
-    seen = pictures.Seen("title", plain(100), body, 1 - body, code, code, None, None)
-    known = seen._replace(masks=body > 0, iou=torch.ones(2))
-    image = pictures.draw_silhouettes([seen, known], height=64)
-    assert image.size == (274, 472)
-    lines = np.asarray(image)[56::72, 202:, 0]    # through the middle of each row
-    assert lines[:, 4].tolist() == [100, 255, 0, 38, 38, 255]
-    assert lines[:, 28].tolist() == [100, 0, 255, 0, 0, 0]
+    codes = SimpleNamespace(body=body, silhouette=1 - body, denoising=code, appearance=code)
+    frames = plain(100).repeat(2, 1, 1, 1)
+    image = pictures.draw_silhouettes(["a", "b"], frames, codes, body > 0)
+    assert image.size == (402, 856)
+    lines = np.asarray(image)[88::136, 266:, 0]    # through the middle of each row
+    assert lines[:, 8].tolist() == [100, 255, 0, 38, 38, 255]
+    assert lines[:, 56].tolist() == [100, 0, 255, 0, 0, 0]
+    assert pictures.draw_silhouettes(["a", "b"], frames, codes, None).size == (402, 720)
+
+
+def test_iou_by_hand():
+    """The left half; none of it, all of it, or half of it and as much beside it, is found."""
+    mask = torch.zeros(3, 16, 8)
+    mask[..., :4] = 1
+    found = torch.stack([1 - mask[0], mask[0], mask[0].roll(2, 1)])
+    assert pictures.iou(found, mask > 0).tolist() == pytest.approx([0, 1, 1 / 3])
 
 
 def test_a_sheet_of_readings():
     """The patch that is looked at most keeps its brightness, the others are darkened."""
-    look = torch.tensor([[0.0, 0.0], [0.0, 0.6]]).expand(2, 2, 2)
-    reading = pictures.Reading("title", plain(200), look, [("60%", plain(40)[0])])
-    image = pictures.draw_reading([reading])
-    first = np.asarray(image)[[161, 300], 131, 0]    # down, at the left of the first frame
-    assert first.tolist() == [30, 40]
+    look = torch.tensor([[0.0, 0.0], [0.0, 0.6]]).expand(1, 2, 2, 2)
+    image = pictures.draw_reading(["title"], plain(200), look, [["60% 7"]])
+    assert image.getpixel((131, 161)) == (30, 30, 30)    # upper left
     assert image.getpixel((192, 286)) == (200, 200, 200)
+    assert np.asarray(image)[290:, 130:194].min() < 128    # words below the first frame
+    assert np.asarray(image)[290:, 194:].min() == 255
 
 
 def test_a_curve_goes_through_its_values():

@@ -58,9 +58,11 @@ def test_a_spoiled_view_is_the_seed_s_alone_and_a_picture_still():
 
 
 def test_the_contrastive_loss_by_hand():
-    a, b = torch.eye(3), torch.eye(3)[[0, 2, 1]]    # the first finds its own, the others do not
-    wanted = math.log(math.e ** 2 + 2) - 2 / 3
-    assert contrastive_loss(a, b, 2.0).item() == pytest.approx(wanted)
+    a, b = torch.eye(3), torch.eye(3)[[0, 1, 0]]    # the third finds the first one's
+    two = math.log(math.e ** 2 + 2)
+    rows = math.log(2 * math.e ** 2 + 1) - 2 + two - 2 + math.log(3)
+    columns = two - 2 + two - 2 + two
+    assert contrastive_loss(a, b, 2.0).item() == pytest.approx((rows + columns) / 6)
 
 
 @pytest.fixture

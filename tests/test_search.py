@@ -93,7 +93,8 @@ def test_a_saved_gallery_gives_the_same_list_without_its_frames(found, call, foo
             assert hit["tracklet"] == same["tracklet"]
             assert hit["distance"] == pytest.approx(same["distance"], abs=1e-5)
     assert np.load(saved / "embeddings.npy").shape[:2] == (12, 1)
-    assert json.loads((saved / "names.json").read_text())["names"][:2] == ["cam0/0", "cam0/2"]
+    shown = json.loads((saved / "names.json").read_text())["shown"]
+    assert list(shown)[:2] == ["cam0/0", "cam0/2"]
 
 
 @pytest.mark.parametrize("given, word", [

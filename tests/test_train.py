@@ -5,19 +5,7 @@ import train
 from data import load_dataset
 from lsmrl import LSMRL
 from model import DinoGRL
-from scripts import (
-    OPTIONS,
-    ROOT,
-    TINY,
-    TINY_LSMRL,
-    fails,
-    here,
-    log_of,
-    results_of,
-    run,
-    succeeds,
-    tensors_of,
-)
+from scripts import OPTIONS, TINY_LSMRL, fails, here, log_of, results_of, succeeds, tensors_of
 from support.parallel import precision_of
 from test_parallel import small_step
 from train import learning_rate_factor, read_command_line
@@ -86,18 +74,19 @@ class Mine(lsmrl.LSMRL):
 """
 
 
-def test_a_method_of_your_own_runs_from_its_own_folder(walkers, tmp_path):
-    """As a user starts it: a process, a relative path, a run's folder that train.py chooses."""
+def test_a_method_of_your_own_runs_from_its_own_folder(walkers, tmp_path, monkeypatch):
+    """Under a relative path, into a folder of runs/ that train.py chooses."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "my_idea.py").write_text(MY_IDEA)
     words = ["--data", walkers, *TINY_LSMRL, "--method", "my_idea.py:Mine", "--pull", 0.5]
-    printed = succeeds(run(ROOT / "train.py", *words, cwd=tmp_path)).stdout
+    printed = succeeds(here("train.py", *words)).stdout
     assert all(direction in printed for direction in DIRECTIONS)
     folder = tmp_path / "runs" / "my_idea-mine-walkers-1"
     [line] = log_of(folder)
     assert line["losses"]["pull"] == 0.5 and "triplet_z" not in line["losses"]
     assert line["shown"]["people"] == 3 and line["shown"]["brightest"] == 0
     assert json.loads((folder / "config.json").read_text())["options"]["pull"] == 0.5
-    shown = here("train.py", "--method", tmp_path / "my_idea.py:Mine", "--help").stdout
+    shown = here("train.py", "--method", "my_idea.py:Mine", "--help").stdout
     assert "--pull" in shown and "0.01" in shown
 
 
@@ -184,8 +173,8 @@ def test_walkers_get_the_small_preset_and_other_data_the_paper_s(walkers, tmp_pa
     ("--strips 1 3", ["(1, 3)", "8 rows"]),
     ("--data nowhere", ["nowhere"])])
 def test_a_wrong_option_is_one_line_and_makes_no_folder(given, words, walkers, tmp_path):
-    result = here("train.py", "--data", walkers, "--run", tmp_path / "run", *TINY, *given.split())
-    fails(result, *words)
+    new = ["--data", walkers, "--run", tmp_path / "run", *OPTIONS["dinogrl"]]
+    fails(here("train.py", *new, *given.split()), *words)
     assert not (tmp_path / "run").exists()
 
 
@@ -207,7 +196,7 @@ def test_auto_is_the_precision_that_the_device_has_in_hardware(monkeypatch):
 
 
 def test_the_warm_up_trains_the_mask_branch_alone_and_leaves_no_gradients(walkers):
-    asked = read_command_line([*TINY, "--data", str(walkers)])
+    asked = read_command_line([*OPTIONS["dinogrl"], "--data", str(walkers)])
     dataset, device = load_dataset(walkers), torch.device("cpu")
     loader = train.loader_of(asked.config, DinoGRL, dataset, device)
     model = DinoGRL(asked.options, 4, asked.config.size)
