@@ -289,13 +289,14 @@ class LSMRL(Method):
         self.options = o = options
         self.clip = load_clip(o.clip, o.clip_weights, pretrained)
         patch, depth = CLIP_MODELS[o.clip]["patch"], CLIP_MODELS[o.clip]["depth"]
-        rows, columns = size[0] // patch, size[1] // patch
-        if size[0] % patch or size[1] % patch or (o.split[1] and rows % o.groups):
-            raise UserError(f"size {size}, {o.groups} groups; expected multiples of {patch}, the "
-                            f"patch of {o.clip}, and groups that divide {rows} rows of patches")
-        if len(o.split) != 3 or sum(o.split) != depth:
+        if len(o.split) != 3 or sum(o.split) != depth or min(o.split) < 0:
             raise UserError(f"split {o.split}; expected three numbers that add up to the {depth} "
                             f"blocks of {o.clip}")
+        rows, columns = size[0] // patch, size[1] // patch
+        is_cut = not o.split[1] or (o.groups > 0 and rows % o.groups == 0)
+        if size[0] % patch or size[1] % patch or not is_cut:
+            raise UserError(f"size {size}, {o.groups} groups; expected multiples of {patch}, the "
+                            f"patch of {o.clip}, and groups that divide {rows} rows of patches")
         visual = self.clip.visual
         visual.resize(rows, columns)
 

@@ -21,7 +21,6 @@ modalities it would guess: see tests/test_walkers.py.)
 Ours, not the papers': all but the layout. A good score shows that the code works, no more: places
 are blurred; every walker is alone, whole and centred, and approaches at 25 to 65 degrees.
 """
-import functools
 import json
 import math
 import multiprocessing
@@ -29,6 +28,7 @@ import os
 import shutil
 import signal
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 from support import pedestrian
@@ -39,56 +39,53 @@ from support.pedestrian import HAIR, ROLES, SKIN, Garment, View, Walker, draw_wa
 
 import numpy as np
 import torch
+from numpy.random import default_rng
 from PIL import Image, ImageDraw, ImageFilter
 
 DRAWING = 2    # raise it when the pictures change: folders with older pictures are then refused
 SUPERSAMPLING = 2    # people are drawn this many times larger, then averaged
-# The spelling of the modalities in HITSZ-VCM: in names (M1) and lists, and as folders.
-NUMBER = {"infrared": 1, "visible": 2}
-FOLDER = {"infrared": "ir", "visible": "rgb"}
+NUMBER = {"infrared": 1, "visible": 2}    # of the modalities in HITSZ-VCM's names (M1) and lists
 
 # Separate random streams: default_rng([seed, stream, ...])
 OF_WALKER, OF_PAINT, OF_CAMERA, OF_PLAN, OF_TRACKLET = range(5)
-PLACES = "windows", "bricks", "hedge", "fence", "shutters", "posters"
+PLACES = str.split("windows bricks hedge fence shutters posters")
 # The clothes of people in uniform (--uniform): only their bodies and gaits differ.
 UNIFORM = {
-    "top": "jacket", "bottom": "trousers", "upper": Garment("band", 0.12, 0.5, 0.15),
-    "lower": Garment("plain", 0.12, 0.5, 0.1), "bag": "none", "hair": "cap"}
+    "top": "jacket", "bottom": "trousers", "upper": Garment("banded", 0.12, 0.5, 0.15),
+    "lower": Garment("plain", 0.12, 0.5, 0.1), "bag": "none", "hair": "a cap"}
 
 
 def make_walker(seed, pid, uniform=False):
     """-> the Walker with that number. uniform: dressed in UNIFORM."""
-    rng = np.random.default_rng([seed, OF_WALKER, pid])
-    between = rng.uniform
+    rng = default_rng([seed, OF_WALKER, pid])
 
     def one_of(words, probabilities=None):
         return list(words)[rng.choice(len(words), p=probabilities)]
 
     def garment(plain):
-        others = len(pedestrian.PATTERNS) - 1
-        pattern = one_of(pedestrian.PATTERNS, [plain] + [(1 - plain) / others] * others)
-        return Garment(pattern, between(0.12, 0.24), between(0.35, 0.6), between(0.06, 0.2))
+        pattern = one_of(pedestrian.PATTERNS, [plain] + [(1 - plain) / 8] * 8)    # 8 others
+        return Garment(pattern, *rng.uniform((0.12, 0.35, 0.06), (0.24, 0.6, 0.2)).tolist())
 
     # The order matters: each value is the next one of the same stream.
+    # Least and most: stature, leg, head, shoulder, hip, girth, depth, arm
+    body = rng.uniform((0.945, 0.44, 0.11, 0.085, 0.06, 0.7, 0.055, 0.30),
+                       (1.055, 0.53, 0.15, 0.135, 0.105, 1.4, 0.085, 0.36))
+    # pace, step, swing, knee, elbow, lean, uneven, bounce, sway
+    gait = rng.uniform((0.8, 0.3, 0.1, 0.5, 0.05, -0.03, -0.25, 0, 0),
+                       (1.2, 0.55, 0.55, 1.2, 0.55, 0.16, 0.25, 0.012, 0.015))
     walker = Walker(
-        stature=between(0.945, 1.055), leg=between(0.44, 0.53), head=between(0.11, 0.15),
-        shoulder=between(0.085, 0.135), hip=between(0.06, 0.105), girth=between(0.7, 1.4),
-        depth=between(0.055, 0.085), arm=between(0.30, 0.36),
-        pace=2 * math.pi * between(0.8, 1.2) / 12, step=between(0.3, 0.55),
-        swing=between(0.1, 0.55), knee=between(0.5, 1.2), elbow=between(0.05, 0.55),
-        lean=between(-0.03, 0.16), uneven=between(-0.25, 0.25), bounce=between(0, 0.012),
-        sway=between(0, 0.015),
+        *body.tolist(), *gait.tolist(),
         top=one_of(pedestrian.UPPERS), bottom=one_of(pedestrian.LOWERS),
         upper=garment(plain=0.12), lower=garment(plain=0.2),
         bag=one_of(pedestrian.BAGS), bag_side=one_of((pedestrian.RIGHT, pedestrian.LEFT)),
-        bag_size=between(0.8, 1.3), hair=one_of(pedestrian.HAIRS))
+        bag_size=rng.uniform(0.8, 1.3), hair=one_of(pedestrian.HAIRS))
     return replace(walker, **UNIFORM) if uniform else walker
 
 
 def make_paint(seed, pid, modality):
     """-> (roles, 2, C) in 0..1, C = 3 if visible, 1 if infrared. The second tone of a role is that
     of its pattern. The modalities are independent, and neither dark nor bright means "person"."""
-    rng = np.random.default_rng([seed, OF_PAINT, pid, NUMBER[modality]])
+    rng = default_rng([seed, OF_PAINT, pid, NUMBER[modality]])
     # The two tones are at least 0.3 apart, and either may be the brighter one.
     tones = rng.uniform(0.05, 0.95 - 0.3, (len(ROLES), 2, 1))
     tones[:, 1] = rng.uniform(tones[:, 0] + 0.3, 0.95)
@@ -97,8 +94,8 @@ def make_paint(seed, pid, modality):
     tones[SKIN] = rng.uniform(0.3, 0.85)
     if modality == "infrared":
         return tones
-    hue = rng.random((len(ROLES), 2, 1)) + np.array([0, 1 / 3, 2 / 3])
-    saturation = rng.uniform(0.2, 1, (len(ROLES), 2, 1))
+    hue = rng.random(tones.shape) + [0, 1 / 3, 2 / 3]
+    saturation = rng.uniform(0.2, 1, tones.shape)
     colour = 1 - saturation * np.clip(2 - np.abs(6 * (hue % 1) - 3), 0, 1)
     colour[[SKIN, HAIR]] = 0.85, 0.58, 0.42
     return in_colour(tones, colour)
@@ -106,7 +103,7 @@ def make_paint(seed, pid, modality):
 
 def in_colour(tones, colour):
     """tones (..., 1), colour (..., 3) -> that colour, scaled or mixed with white to those tones."""
-    grey = colour @ np.array([[0.299], [0.587], [0.114]])
+    grey = colour @ [[0.299], [0.587], [0.114]]
     darker = colour * tones / grey
     lighter = 1 - (1 - colour) * (1 - tones) / (1 - grey + 1e-9)
     return np.where(grey > tones, darker, lighter)
@@ -114,16 +111,16 @@ def in_colour(tones, colour):
 
 # ----------------------------------------------- cameras, what they film ----
 
-@functools.cache    # a place takes long to draw
+@cache    # a place takes long to draw
 class Camera:
     """Number `number` of 1 to `cameras`: a lens and the place in front of it."""
 
     def __init__(self, seed, number, cameras, height):
         # The angles are evenly spread over 25 to 65 degrees, the kinds of places over the cameras.
-        order = np.random.default_rng([seed, OF_CAMERA])
+        order = default_rng([seed, OF_CAMERA])
         turn, kind = (order.permutation(cameras)[number - 1] for _ in range(2))
         self.azimuth = math.radians(25 + 40 * (turn + 0.5) / cameras)    # from frontal
-        rng = np.random.default_rng([seed, OF_CAMERA, number])
+        rng = default_rng([seed, OF_CAMERA, number])
         h = 2 * round(height * rng.uniform(0.875, 1.125) / 2)
         self.place = draw_place(rng, h, PLACES[kind % len(PLACES)])
         self.tilt = rng.uniform(0.06, 0.14)    # pixels down per pixel nearer
@@ -150,41 +147,7 @@ def draw_place(rng, h, kind):
     place["visible"] = in_colour(place["visible"], tint / tint.max(2, keepdims=True))
     # An infrared lamp lights the middle.
     place["infrared"] *= 1 - 0.5 * np.linspace(-1, 1, h)[:, None, None] ** 2 * rng.uniform(0.3, 1)
-    return {modality: pixels.astype(np.float32) for modality, pixels in place.items()}
-
-
-def draw_wall(kind, pen, rng, tone, h, horizon):
-    """Draw a wall from the top to the horizon. tone(): a random brightness."""
-    match kind:
-        case "windows":
-            across, down, fill = h * rng.uniform(0.15, 0.35), h * rng.uniform(0.18, 0.35), tone()
-            for x in np.arange(rng.uniform(0, across), h, across):
-                for y in np.arange(rng.uniform(0.02, 0.1) * h, horizon - 0.6 * down, down):
-                    pen.rectangle([x, y, x + 0.6 * across, y + 0.65 * down], fill=fill)
-        case "bricks":
-            size, joint = h * rng.uniform(0.05, 0.1), tone()
-            for row, y in enumerate(np.arange(0, horizon, size)):
-                pen.line([0, y, h, y], fill=joint, width=1 + h // 100)
-                for x in np.arange(size * (row % 2), h, 2 * size):
-                    pen.line([x, y, x, y + size], fill=joint, width=1 + h // 100)
-        case "hedge":
-            leaf = h * rng.uniform(0.02, 0.06)
-            for x, y in rng.uniform(0, (h, horizon), (300, 2)):
-                pen.ellipse([x - leaf, y - leaf, x + leaf, y + leaf], fill=tone())
-        case "fence":
-            apart, fill, top = h * rng.uniform(0.06, 0.16), tone(), h * rng.uniform(0, 0.3)
-            for x in np.arange(rng.uniform(0, apart), h, apart):
-                pen.rectangle([x, top, x + 0.4 * apart, horizon], fill=fill)
-            pen.rectangle([0, top + 0.1 * h, h, top + 0.12 * h], fill=fill)
-        case "shutters":
-            apart, fill = h * rng.uniform(0.04, 0.12), tone()
-            for y in np.arange(0, horizon, apart):
-                pen.rectangle([0, y, h, y + 0.5 * apart], fill=fill)
-        case "posters":
-            for _ in range(12):
-                x, y = rng.uniform(-0.1, 1, 2) * (h, horizon)
-                width, height = rng.uniform(0.08, 0.35, 2) * h
-                pen.rectangle([x, y, x + width, min(y + height, horizon)], fill=tone())
+    return place
 
 
 def draw_brightness(rng, h, kind):
@@ -192,57 +155,89 @@ def draw_brightness(rng, h, kind):
     def tone():
         return int(rng.integers(256))
 
-    horizon = int(h * rng.uniform(0.55, 0.75))
+    def length(least, most):
+        return h * rng.uniform(least, most)
+
+    horizon, thin = int(length(0.55, 0.75)), 1 + h // 100
     wall, ground = (np.linspace(*rng.uniform(0, 1, 2), h) for _ in range(2))
     rows = np.where(np.arange(h) < horizon, wall, ground)
     image = Image.fromarray(np.repeat(np.uint8(255 * rows)[:, None], h, axis=1))
     pen = ImageDraw.Draw(image)
-    draw_wall(kind, pen, rng, tone, h, horizon)
+    match kind:
+        case "windows":
+            across, down, fill = length(0.15, 0.35), length(0.18, 0.35), tone()
+            for x in np.arange(rng.uniform(0, across), h, across):
+                for y in np.arange(length(0.02, 0.1), horizon - 0.6 * down, down):
+                    pen.rectangle([x, y, x + 0.6 * across, y + 0.65 * down], fill=fill)
+        case "bricks":
+            size, joint = length(0.05, 0.1), tone()
+            for row, y in enumerate(np.arange(0, horizon, size)):
+                pen.line([0, y, h, y], fill=joint, width=thin)
+                for x in np.arange(size * (row % 2), h, 2 * size):
+                    pen.line([x, y, x, y + size], fill=joint, width=thin)
+        case "hedge":
+            leaf = length(0.02, 0.06)
+            for x, y in rng.uniform(0, (h, horizon), (300, 2)):
+                pen.ellipse([x - leaf, y - leaf, x + leaf, y + leaf], fill=tone())
+        case "fence":
+            apart, fill, top = length(0.06, 0.16), tone(), length(0, 0.3)
+            for x in np.arange(rng.uniform(0, apart), h, apart):
+                pen.rectangle([x, top, x + 0.4 * apart, horizon], fill=fill)
+            pen.rectangle([0, top + 0.1 * h, h, top + 0.12 * h], fill=fill)
+        case "shutters":
+            apart, fill = length(0.04, 0.12), tone()
+            for y in np.arange(0, horizon, apart):
+                pen.rectangle([0, y, h, y + 0.5 * apart], fill=fill)
+        case "posters":
+            for _ in range(12):
+                x, y = rng.uniform(-0.1, 1, 2) * (h, horizon)
+                width, height = rng.uniform(0.08, 0.35, 2) * h
+                pen.rectangle([x, y, x + width, min(y + height, horizon)], fill=tone())
     # Poles and trunks
-    poles = rng.integers(0, 4)
-    for x, y, thick, below in rng.uniform((0, -0.3, 0.01, 0), (1, 0.3, 0.05, 0.1), (poles, 4)):
+    least, most = (0, -0.3, 0.01, 0), (1, 0.3, 0.05, 0.1)
+    for x, y, thick, below in rng.uniform(least, most, (rng.integers(4), 4)):
         pen.rectangle([x * h, y * h, (x + thick) * h, horizon + below * h], fill=tone())
     # Kerbs and joints of the pavement
     for y in horizon + (h - horizon) * np.linspace(0.1, 1, rng.integers(1, 6)) ** 1.5:
-        pen.line([0, y, h, y + rng.uniform(-0.02, 0.02) * h], fill=tone(), width=1 + h // 100)
+        pen.line([0, y, h, y + length(-0.02, 0.02)], fill=tone(), width=thin)
     # A lens that is focused on people blurs what is behind them.
-    image = image.filter(ImageFilter.GaussianBlur(h / 40))
-    return np.asarray(image, np.float32) / 255, horizon
+    blurred = image.filter(ImageFilter.GaussianBlur(h / 40))
+    return np.asarray(blurred, np.float32) / 255, horizon
 
 
 def paint_looks(paint, light):
     """paint (roles, 2, C), light (C,) -> (looks, C + 1) uint8: the colour and the opacity of each
     look that draw_walker returns."""
-    C, roles = len(light), pedestrian.ROLE_OF_INK
-    table = np.full((len(roles), 2, C + 1), 255, np.uint8)
-    table[..., :C] = 255 * np.clip(paint[roles] * pedestrian.SHADE_OF_INK * light, 0, 1)
+    shade = paint[pedestrian.ROLE_OF_INK] * pedestrian.SHADE_OF_INK
+    colour = 255 * np.clip(shade * light, 0, 1)
+    table = np.uint8(np.insert(colour, len(light), 255, axis=2))
     table[pedestrian.BACKGROUND] = 0
-    return table.reshape(-1, C + 1)
+    return table.reshape(-1, len(light) + 1)
 
 
 def draw_tracklet(rng, walker, paint, camera, modality, frames):
     """Yields a frame and its mask, PIL images (h, w), for each moment of a walk."""
     table = paint_looks(paint, camera.light[modality] * rng.uniform(0.97, 1.0))
-    place = camera.place[modality]
-    h, w = place.shape[0], place.shape[1] // 2
+    place = camera.place[modality].astype(np.float32)
+    h, w = len(place), len(place) // 2
     H, W = SUPERSAMPLING * h, SUPERSAMPLING * w
     # People walk to the right or to the left.
     azimuth = rng.choice((-1, 1)) * (camera.azimuth + rng.uniform(-0.07, 0.07))
-    least, most = (0, 0.985, 0.47, 0.488), (2 * math.pi, 1.015, 0.53, 0.502)
-    phase, zoom, x, y = rng.uniform(least, most)
+    phase, zoom, x, y = rng.uniform((0, 0.985, 0.47, 0.488), (2 * math.pi, 1.015, 0.53, 0.502))
+    pace = 2 * math.pi * walker.pace / 12    # radians from frame to frame
     pan = rng.uniform(0, w) + np.arange(frames) * math.copysign(rng.uniform(0, 0.02), azimuth) * w
     for i, left in enumerate(np.clip(pan, 0, w).astype(int)):
         # A detector's boxes jitter.
         dx, dy, dz = rng.uniform(-1, 1, 3) * (0.01, 0.004, 0.006)
         size = H * camera.zoom * zoom * (1 + dz) * walker.stature
         view = View(azimuth, camera.tilt, size, complex(W * (x + dx), H * (y + dy) + size / 2))
-        looks = draw_walker(walker, phase + i * walker.pace, view, (H, W))
+        looks = draw_walker(walker, phase + i * pace, view, (H, W))
         # take is much faster than table[looks].
         person = Image.fromarray(np.take(table, looks, axis=0)).reduce(SUPERSAMPLING)
         person = np.asarray(person, np.float32) / 255    # (h, w, C + 1)
         colour, opacity = person[..., :-1], person[..., -1:]
         frame = colour + (1 - opacity) * place[:, left:left + w]
-        frame = frame + camera.noise * rng.standard_normal(frame.shape, np.float32)
+        frame += camera.noise * rng.standard_normal(frame.shape, np.float32)
         frame = Image.fromarray(np.uint8(255 * np.clip(frame, 0, 1)).squeeze())
         mask = Image.fromarray(np.uint8(255 * (opacity[..., 0] > 0.5)))
         yield frame.filter(ImageFilter.GaussianBlur(camera.blur)), mask
@@ -250,95 +245,84 @@ def draw_tracklet(rng, walker, paint, camera, modality, frames):
 
 # ---------------------------------------------------------------- folder ----
 
-def write_walker(folder, made, pid):
-    """Draw one person by day and by night and write the pictures -> the person's sentence, and
-    (modality, pid, camera, names of the frames) of each tracklet. made: what walkers.json holds."""
-    seed, frames, cameras = made["seed"], made["frames"], made["cameras"]
-    train, share = made["train_identities"], made["uniform"]
-    split, nth = ("Train", pid) if pid <= train else ("Test", pid - train)
+def write_walker(folder, pid, *, train_identities, tracklets, frames, height, cameras, uniform,
+                 seed, **_):
+    """Draw one person by day and by night and write the pictures -> (pid, sentence), and (number of
+    the modality, pid, camera, names of the frames) of each tracklet. The arguments: see main."""
+    split, nth = ("Train", pid) if pid <= train_identities else ("Test", pid - train_identities)
     # The people in uniform are spread evenly.
-    uniform = math.floor(nth * share + 1e-9) > math.floor((nth - 1) * share + 1e-9)
-    walker, tracklets = make_walker(seed, pid, uniform), []
-    plan = np.random.default_rng([seed, OF_PLAN, pid])
-    for modality in "infrared", "visible":
-        paint = make_paint(seed, 0 if uniform else pid, modality)    # 0 is the uniform's paint
+    is_dressed = (nth * uniform + 1e-9) % 1 < uniform
+    walker, written = make_walker(seed, pid, is_dressed), []
+    plan = default_rng([seed, OF_PLAN, pid])
+    for modality, short in ("infrared", "ir"), ("visible", "rgb"):
+        code = NUMBER[modality]
+        paint = make_paint(seed, 0 if is_dressed else pid, modality)    # 0 is the uniform's paint
         # Each tracklet has another camera as long as there are cameras left.
-        rounds = [plan.permutation(cameras) + 1 for _ in range(0, made["tracklets"], cameras)]
-        chosen = sorted(np.concatenate(rounds)[:made["tracklets"]].tolist())
+        rounds = [plan.permutation(cameras) + 1 for _ in range(0, tracklets, cameras)]
+        chosen = sorted(np.concatenate(rounds)[:tracklets].tolist())
         for track, number in enumerate(chosen):
-            camera = Camera(seed, number, cameras, made["height"])
-            rng = np.random.default_rng([seed, OF_TRACKLET, pid, NUMBER[modality], track])
-            place = Path(split, f"{pid:04d}", FOLDER[modality], f"D{number}")
-            for parent in folder, folder / "masks":
-                (parent / place).mkdir(parents=True, exist_ok=True)
-            name, names = f"{pid:04d}M{NUMBER[modality]}D{number}T{track + 1}", []
+            camera = Camera(seed, number, cameras, height)
+            rng = default_rng([seed, OF_TRACKLET, pid, code, track])
+            place, names = f"{split}/{pid:04d}/{short}/D{number}", []
+            pictures, masks = folder / place, folder / "masks" / place
+            for parent in pictures, masks:
+                parent.mkdir(parents=True, exist_ok=True)
             # Paths do not name the track: the second one of a camera continues the frame numbers.
             first = chosen[:track].count(number) * frames + 1
             walk = draw_tracklet(rng, walker, paint, camera, modality, frames)
             for i, (frame, mask) in enumerate(walk, first):
-                frame.save(folder / place / f"{i}.jpg", quality=camera.quality)
-                mask.save(folder / "masks" / place / f"{i}.png", compress_level=1)
-                names.append(f"{name}F{i}.jpg")
-            tracklets.append((modality, pid, number, names))
-    return pedestrian.describe(walker), tracklets
+                frame.save(pictures / f"{i}.jpg", quality=camera.quality)
+                mask.save(masks / f"{i}.png", compress_level=1)
+                names.append(f"{pid:04d}M{code}D{number}T{track + 1}F{i}.jpg\n")
+            written.append((code, pid, number, names))
+    return (pid, pedestrian.describe(walker)), written
 
 
 def write_info(info, split, tracklets):
     """Write the lists of one split. tracklets: what write_walker returns."""
-    lines, tracks, queries = [], [], []
-    for row, (modality, pid, camera, names) in enumerate(tracklets, 1):
+    lines, tracks = [], []
+    for code, pid, camera, names in tracklets:
         first = len(lines) + 1
         lines += names
-        tracks.append(f"{NUMBER[modality]} {first} {len(lines)} {pid} {camera}")
-        if modality == "infrared":
-            queries.append(str(row))
-    (info / f"{split}_name.txt").write_text("\n".join(lines) + "\n")
-    (info / f"track_{split}_info.txt").write_text("\n".join(tracks) + "\n")
-    if split == "test":
-        (info / "query_IDX.txt").write_text(" ".join(queries) + "\n")
+        tracks.append(f"{code} {first} {len(lines)} {pid} {camera}\n")
+    (info / f"{split}_name.txt").write_text("".join(lines))
+    (info / f"track_{split}_info.txt").write_text("".join(tracks))
+    if split == "test":    # the queries are the infrared tracklets
+        rows = [str(row) for row, track in enumerate(tracks, 1) if track.startswith("1")]
+        (info / "query_IDX.txt").write_text(" ".join(rows) + "\n")
 
 
-def draw_folder(folder, made, workers):
-    (folder / "info").mkdir(parents=True)
-    train = made["train_identities"]
-    pids = range(1, 1 + train + made["test_identities"])
-    # Only the main process reacts to Ctrl-C.
-    with multiprocessing.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        drawn = pool.imap(functools.partial(write_walker, folder, made), pids)
-        sentences, tracklets = zip(*progress(drawn, "walkers", len(pids)), strict=True)
-    write_info(folder / "info", "train", sum(tracklets[:train], []))
-    write_info(folder / "info", "test", sum(tracklets[train:], []))
-    sentences = dict(zip(pids, sentences, strict=True))
-    (folder / "sentences.json").write_text(json.dumps(sentences, indent=1) + "\n")
-    (folder / "walkers.json").write_text(json.dumps(made, indent=1, sort_keys=True) + "\n")
-
-
-def draw_whole(root, made, workers):
-    """Draw the folder under another name, and rename it when it is whole. Raises UserError."""
+def make_walkers(root, *, train_identities=96, test_identities=60, tracklets=4, frames=12,
+                 height=128, cameras=6, uniform=0.0, seed=0, workers=None):
+    """Write the folder described above, unless it is there already. Raises UserError."""
+    if frames < 12:
+        raise UserError(f"frames {frames}; expected 12 or more: readers drop shorter tracklets")
+    made = {"cameras": cameras, "drawing": DRAWING, "frames": frames, "height": height,
+            "seed": seed, "test_identities": test_identities, "tracklets": tracklets,
+            "train_identities": train_identities, "uniform": uniform}
+    root = Path(root).absolute()
+    # The folder gets its name when it is whole.
     making = root.with_name(f".{root.name}.making-{os.getpid()}")
     try:
-        draw_folder(making, made, workers)
-        making.rename(root)
+        if not root.exists():
+            (making / "info").mkdir(parents=True)
+            pids = range(1, 1 + train_identities + test_identities)
+            # Only the main process reacts to Ctrl-C.
+            ignored = signal.SIGINT, signal.SIG_IGN
+            with multiprocessing.Pool(workers, signal.signal, ignored) as pool:
+                people = pool.imap(partial(write_walker, making, **made), pids)
+                sentences, walks = zip(*progress(people, "walkers", len(pids)), strict=True)
+            write_info(making / "info", "train", sum(walks[:train_identities], []))
+            write_info(making / "info", "test", sum(walks[train_identities:], []))
+            for name, value in ("sentences", dict(sentences)), ("walkers", made):
+                (making / f"{name}.json").write_text(json.dumps(value, indent=1) + "\n")
+            os.replace(making, root)
+            print(f"{root}: {train_identities} people to train on, {test_identities} to test on")
     except OSError as error:
         if not root.exists():    # or another process was quicker
             raise UserError(f"{root} cannot be written ({error}); give another DIR") from None
     finally:
         shutil.rmtree(making, ignore_errors=True)
-
-
-def make_walkers(root, *, train_identities=96, test_identities=60, tracklets=4, frames=12,
-                 height=128, cameras=6, uniform=0.0, seed=0, workers=None):
-    """Write the folder described above, unless it is there already. The arguments: see main. Raises
-    UserError."""
-    if frames < 12:
-        raise UserError(f"frames {frames}; expected 12 or more: readers drop shorter tracklets")
-    made = {"drawing": DRAWING, "train_identities": train_identities,
-            "test_identities": test_identities, "tracklets": tracklets, "frames": frames,
-            "height": height, "cameras": cameras, "uniform": uniform, "seed": seed}
-    root = Path(root).absolute()
-    if not root.exists():
-        draw_whole(root, made, workers)
-        print(f"{root}: {train_identities} people to train on, {test_identities} to test on")
     file = root / "walkers.json"
     if not file.is_file() or json.loads(file.read_text()) != made:
         raise UserError(f"{root} holds something else than {made}; delete it, or give another DIR")
@@ -346,7 +330,7 @@ def make_walkers(root, *, train_identities=96, test_identities=60, tracklets=4, 
 
 def drawn(people):
     """The default walkers, with so many people to train on, drawn if they are not there -> path."""
-    path = os.path.join("runs", "walkers" if people == 96 else f"walkers-{people}")
+    path = "runs/walkers" if people == 96 else f"runs/walkers-{people}"
     make_walkers(path, train_identities=people)
     return path
 
@@ -357,7 +341,7 @@ def sample(people, T):
     frames = []
     for modality in "visible", "infrared":
         for pid in range(1, people + 1):
-            camera, rng = Camera(0, pid % 6 + 1, 6, 128), np.random.default_rng(pid)
+            camera, rng = Camera(0, pid % 6 + 1, 6, 128), default_rng(pid)
             paint = make_paint(0, pid, modality)
             walk = draw_tracklet(rng, make_walker(0, pid), paint, camera, modality, T)
             frames.append(torch.stack([read_frame(frame, (128, 64)) for frame, _ in walk]))
@@ -369,7 +353,7 @@ def main():
     parser = Parser(description="Draw walking people, visible and infrared, in HITSZ-VCM's layout.")
     parser.usage = "%(prog)s DIR [options]"
     parser.add_argument("root", metavar="DIR", help="the folder to make")
-    number = functools.partial(parser.add_argument, type=int, metavar="N")
+    number = partial(parser.add_argument, type=int, metavar="N")
     number("--identities", dest="train_identities", help="people to train on (96)")
     number("--test-identities", help="people to test on (60)")
     number("--tracklets", help="per person and modality (4)")

@@ -1,13 +1,5 @@
 """Pictures: what a model sees (silhouettes, codes), what it finds (ranked lists), how it learned.
 
-    frames and SASGL's Codes      -> draw_silhouettes    frames, silhouettes, codes, true masks
-    frames and LSMRL's reading    -> draw_reading        where it looks, whose sentences it reads
-    a list of Found per query     -> draw_ranking        green: the right person; red: a wrong one;
-                                                         grey: unknown
-    the lines of log.jsonl        -> draw_curves         losses per epoch, Rank-1 per evaluation
-
-Each draw_ function takes tensors and returns a PIL image. It runs no model and opens no file.
-
 Quick question: which tracklets should a sheet show? (Evenly spaced ones, chosen before any result
 is known. A sheet of the best ones would show what we hope for.)
 """

@@ -39,7 +39,7 @@ from support.options import Parser, cli, progress
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import nn, optim
 
 FRAME = (128, 64)    # size of the frames
 COMPONENTS = 48    # principal components of a level (dinov2)
@@ -49,27 +49,26 @@ STD = footage.STD[:, None, None]
 
 # ---------------------------------------------------------------- frames ----
 
-def load_frames(path, number, generator):
-    """-> `number` frames of a folder, evenly taken and randomly cropped, (N, 3, H, W) in 0..1.
-    Raises UserError."""
+def evenly(path, number):
+    """-> the paths of `number` frames of a folder, evenly taken. Raises UserError."""
     paths = sum(find_footage(path).values(), ())
     if len(paths) < number:
         raise UserError(f"{len(paths)} frames under {path}; expected {number}: lower --frames")
-    chosen = (paths[i * len(paths) // number] for i in progress(range(number), "reading"))
-    return torch.stack([cropped(read_frame(frame, FRAME), generator) for frame in chosen])
+    return [paths[i * len(paths) // number] for i in range(number)]
 
 
-def cropped(frame, generator):
-    """uint8 frame (3, H, W) -> a random piece of it, resized to (3, H, W), in 0..1: a detector's
+def cropped(frames, generator):
+    """uint8 frames (3, H, W) -> a random piece of each, resized, (N, 3, H, W) in 0..1: a detector's
     boxes vary."""
-    _, H, W = frame.shape
-    down, across, tall, wide = torch.rand(4, generator=generator).tolist()
-    rows = round(H * (0.85 + 0.15 * tall))
-    columns = round(W * (0.85 + 0.15 * wide))
-    top = round(down * (H - rows))
-    left = round(across * (W - columns))
-    piece = frame[None, :, top:top + rows, left:left + columns] / 255
-    return F.interpolate(piece, (H, W), mode="bilinear", align_corners=False)[0]
+    pieces = []
+    for frame in frames:
+        _, H, W = frame.shape
+        down, across, tall, wide = torch.rand(4, generator=generator).tolist()
+        rows, columns = round(H * (0.85 + 0.15 * tall)), round(W * (0.85 + 0.15 * wide))
+        top, left = round(down * (H - rows)), round(across * (W - columns))
+        piece = frame[None, :, top:top + rows, left:left + columns] / 255
+        pieces.append(F.interpolate(piece, (H, W), mode="bilinear", align_corners=False))
+    return torch.cat(pieces)
 
 
 def spoiled(frames, generator):
@@ -83,14 +82,26 @@ def spoiled(frames, generator):
         return torch.where(drawn(0, 1) < share, changed, frames)
 
     channel = torch.randint(3, (N,), generator=generator)
-    single = frames[torch.arange(N), channel][:, None].expand_as(frames)
+    single = frames[torch.arange(N), channel][:, None]
     frames = for_a_share(0.4, single)
     frames = for_a_share(0.1, 1 - frames)
     frames = (frames - 0.5) * drawn(0.7, 1.3) + 0.5 + drawn(-0.1, 0.1)
-    blurred = F.avg_pool2d(frames, 3, 1, 1, count_include_pad=False)
-    frames = for_a_share(0.3, blurred)
+    frames = for_a_share(0.3, F.avg_pool2d(frames, 3, 1, 1, count_include_pad=False))
     noise = torch.randn(frames.shape, generator=generator)
     return (frames + drawn(0, 0.03) * noise).clamp(0, 1)
+
+
+def fit(optimizer, schedule, steps, loss_of_step):
+    """Take so many steps with a schedule of the learning rate, each along the gradient of the loss
+    that loss_of_step() returns."""
+    bar = progress(range(steps), "training")
+    for _ in bar:
+        loss = loss_of_step()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.2f}")
 
 
 # ---------------------------------------------------------- distillation ----
@@ -112,12 +123,11 @@ def targets_of(teacher, frames, size):
     sample = torch.cat([levels(teacher, some, size) for some in frames[::16].split(16)], dim=1)
     sample = sample.flatten(1, 2)    # (4, M, D)
     mean = sample.mean(1, keepdim=True)
-    covariance = (sample - mean).transpose(1, 2) @ (sample - mean) / sample.shape[1]
-    values, axes = torch.linalg.eigh(covariance)    # ascending
-    targets = []
-    for batch in progress(frames.split(16), "teacher"):
-        centred = levels(teacher, batch, size) - mean[:, None]
-        targets.append((centred @ axes[:, None, :, -COMPONENTS:]).half())
+    sample = sample - mean
+    values, axes = torch.linalg.eigh(sample.mT @ sample / sample.shape[1])    # ascending
+    axes = axes[:, None, :, -COMPONENTS:]
+    targets = [((levels(teacher, batch, size) - mean[:, None]) @ axes).half()
+               for batch in progress(frames.split(16), "teacher")]
     return torch.cat(targets, dim=1), values[:, -COMPONENTS:].sum(1)
 
 
@@ -127,9 +137,8 @@ class Student(nn.Module):
     def __init__(self, size):
         super().__init__()
         self.size = size
-        dim, depth, heads, registers = DINOV2[TINY]
-        self.vit = DinoVisionTransformer(dim=dim, depth=depth, heads=heads, registers=registers)
-        self.maps = nn.ModuleList(nn.Linear(dim, COMPONENTS) for _ in range(4))
+        self.vit = DinoVisionTransformer(*DINOV2[TINY])
+        self.maps = nn.ModuleList(nn.Linear(self.vit.embed_dim, COMPONENTS) for _ in range(4))
 
     def forward(self, frames):
         """Frames (N, 3, H, W) in 0..1 -> (4, N, L, COMPONENTS)."""
@@ -144,29 +153,25 @@ def unexplained(output, target, variance):
 
 def make_dinov2(args, generator):
     """-> the student's tensors, and a line about its quality on frames that it has not seen."""
-    batch = 16
     steps = args.steps or 12000
     held_out = max(16, args.frames // 20)
     teacher = load_dinov2("dinov2_vits14", args.dinov2_weights)
-    frames = load_frames(args.data, args.frames + held_out, generator)
+    paths = progress(evenly(args.data, args.frames + held_out), "reading")
+    frames = cropped((read_frame(path, FRAME) for path in paths), generator)
     frames = frames[torch.randperm(len(frames), generator=generator)]
     target, variance = targets_of(teacher, frames, args.dino_size)
     student = Student(args.dino_size)
 
-    optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    bar = progress(range(steps), "distilling")
-    for _ in bar:
+    def loss_of_step():
         # A spoiled frame's target stays that of the clean one.
-        index = torch.randint(args.frames, (batch,), generator=generator) + held_out
-        is_spoiled = torch.rand(batch, 1, 1, 1, generator=generator) < 0.5
+        index = torch.randint(args.frames, (16,), generator=generator) + held_out
+        is_spoiled = torch.rand(16, 1, 1, 1, generator=generator) < 0.5
         views = torch.where(is_spoiled, spoiled(frames[index], generator), frames[index])
-        loss = unexplained(student(views), target[:, index], variance).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        bar.set_postfix(explained=f"{1 - loss.item():.2f}")
+        return unexplained(student(views), target[:, index], variance).mean()
+
+    optimizer = optim.AdamW(student.parameters(), lr=3e-3, weight_decay=0.01)
+    schedule = optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    fit(optimizer, schedule, steps, loss_of_step)
     with torch.no_grad():
         output = student(frames[:held_out])
         shares = 1 - unexplained(output, target[:, :held_out], variance)
@@ -180,15 +185,12 @@ def load_people(path):
     """A folder of walkers -> frames of N people by day and by night, uint8 (N, 2, EACH, 3, H, W),
     their sentences' words (N, L), and the index of the end token (N,). Raises UserError."""
     sentences = read_json(os.path.join(path, "sentences.json"))
-    train = os.path.join(path, "Train")
-    pids = sorted(os.listdir(train))
+    pids = sorted(os.listdir(f"{path}/Train"))
     words, end = clip.tokenized([sentences[str(int(pid))] for pid in pids])
-    frames = []
-    for pid in progress(pids, "reading"):
-        for modality in "rgb", "ir":
-            found = sum(find_footage(os.path.join(train, pid, modality)).values(), ())
-            frames += [read_frame(found[k * len(found) // EACH], FRAME) for k in range(EACH)]
-    return torch.stack(frames).view(-1, 2, EACH, 3, *FRAME), words, end
+    paths = [frame for pid in pids for modality in ("rgb", "ir")
+             for frame in evenly(f"{path}/Train/{pid}/{modality}", EACH)]
+    frames = torch.stack([read_frame(frame, FRAME) for frame in progress(paths, "reading")])
+    return frames.view(-1, 2, EACH, 3, *FRAME), words, end
 
 
 def image_features(model, frames):
@@ -212,30 +214,24 @@ def contrastive_loss(a, b, scale):
 def make_clip(args, generator):
     """-> CLIP's tensors, and a line about its quality on people that it has not seen."""
     people, words, end = load_people(args.data)
-    batch = 64
     steps = args.steps or 8000
     held_out = max(1, round(len(people) / 20))
     model = clip.CLIP(**clip.TINY_SIZES)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05)
-    # The learning rate rises for a tenth of the steps, then falls along a cosine.
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.1)
-    bar = progress(range(steps), "contrasting")
-    for _ in bar:
-        order = torch.randperm(len(people) - held_out, generator=generator) + held_out
-        chosen = order[:batch]
-        which = torch.randint(EACH, (len(chosen),), generator=generator)
-        by_day = people[chosen, 0, which]
-        frames = torch.stack([cropped(frame, generator) for frame in by_day])
+
+    def loss_of_step():
+        chosen = torch.randperm(len(people) - held_out, generator=generator)[:64] + held_out
+        which = torch.randint(EACH, chosen.shape, generator=generator)
+        frames = cropped(people[chosen, 0, which], generator)
         mirrored = torch.rand(len(frames), 1, 1, 1, generator=generator) < 0.5
         frames = spoiled(torch.where(mirrored, frames.flip(3), frames), generator)
         image = image_features(model, frames)
         text = text_features(model, words[chosen], end[chosen])
-        loss = contrastive_loss(image, text, model.logit_scale.exp().clamp(max=100))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.2f}")
+        return contrastive_loss(image, text, model.logit_scale.exp().clamp(max=100))
+
+    optimizer = optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05)
+    # The learning rate rises for a tenth of the steps, then falls along a cosine.
+    schedule = optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.1)
+    fit(optimizer, schedule, steps, loss_of_step)
     # By night too, though it has learned from daytime frames alone.
     with torch.no_grad():
         text = text_features(model, words[:held_out], end[:held_out])
@@ -248,7 +244,6 @@ def make_clip(args, generator):
 
 def main():
     parser = Parser(description="Make the small priors of the offline demo.")
-    parser.usage = "%(prog)s dinov2|clip --data DIR [options]"
     option = parser.add_argument
     option("prior", choices=["dinov2", "clip"])
     option("--data", required=True, help="folder of frames (dinov2) or of walkers (clip)")

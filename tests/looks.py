@@ -1,5 +1,5 @@
 """Checks of the looks of this repository, for .ci/run alone: a student's change is never refused
-by them. `python .ci/looks.py --write` puts the line counts into README's file table."""
+by them. `python tests/looks.py --write` puts the line counts into README's file table."""
 import re
 import subprocess
 import sys
