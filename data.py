@@ -333,12 +333,9 @@ def erased_box(H, W, rng):
 
 
 def show():
-    """`python data.py` alone: which frames the rules draw, and a batch of made-up tracklets."""
+    """`python data.py` alone: which of 24 frames each rule draws, in the test and in training."""
     for name, rule in FRAME_RULES.items():
-        print(f"6 of 24 frames by {name}:", rule(24, 6), rule(24, 6, np.random.default_rng(1)))
-    made_up = [Tracklet((), pid, None, m) for m in MODALITIES for pid in (1, 2, 3) * 4]
-    for i, _ in next(iter(IdentitySampler(made_up, P=2, K=2, steps=1, seed=1))):
-        print("in the batch: person", made_up[i].pid, made_up[i].modality)
+        print(f"{name:12}", rule(24, 6), rule(24, 6, np.random.default_rng(1)))
 
 
 if __name__ == "__main__":

@@ -6,13 +6,12 @@
     python train.py --resume runs/NAME       goes on after the last whole epoch
     torchrun --nproc_per_node=N -- train.py ...    the same run on N GPUs (or processes of a CPU)
 
-A run's folder: config.json, log.jsonl (a line an epoch), last.pt, results.json, pictures. The
-result is the last epoch's: the best epoch would be chosen on the test set.
+A run's folder: config.json, log.jsonl, last.pt, results.json, pictures. The result is the last
+epoch's: the best one would be chosen on the test set.
 
 Why a resumed run ends with the same bits as one that was left alone (on a CPU): tracklets depend
-on seed and epoch (IdentitySampler), their frames on a seed in the key, the augmentation on seed,
-epoch, step and process. Dropout and blanking draw from torch's random state, which is in the
-checkpoint; the loader has a generator of its own, or it would draw from that state.
+on seed and epoch, their frames on a seed in the key, the augmentation on seed, epoch, step and
+process. Dropout and blanking draw from torch's random state, which is in the checkpoint.
 
 Quick question: where is the validation set? (Neither benchmark has one: nothing is chosen here.)
 
@@ -209,7 +208,7 @@ def loader_of(config, method, dataset, device):
 
 def read_command_line(words=None):
     """words: None for those of this process -> a namespace: config, options (the method's), method
-    (its class), run (--run), resume (a folder), checkpoint (its own). Raises UserError."""
+    (its class), run, resume (folders), checkpoint (of resume). Raises UserError."""
     first = early(words, "method", "resume")
     checkpoint = weights.read_checkpoint(first["resume"]) if first["resume"] else None
     method = load_method(weights.method_of(checkpoint, first["method"]) or Config.method)
@@ -226,6 +225,7 @@ def main():
     asked = read_command_line()
     config, method, checkpoint = asked.config, asked.method, asked.checkpoint
     device = parallel.join(config.device)
+    rank, world = parallel.processes()
     dataset = training_data(config)
     loader = loader_of(config, method, dataset, device)
     torch.manual_seed(config.seed)
@@ -234,7 +234,7 @@ def main():
             model = weights.rebuild(method, asked.options, config.size, checkpoint, asked.resume)
         else:
             model = method(asked.options, len(dataset.classes), config.size)
-    torch.manual_seed(config.seed + 10 ** 6 * parallel.processes()[0])    # dropout of its own
+    torch.manual_seed(config.seed + 10 ** 6 * rank)    # dropout of its own
     model.to(device)
     optimizer = getattr(torch.optim, config.optimizer)(
         model.parameter_groups(), lr=config.lr, weight_decay=config.weight_decay,
@@ -248,13 +248,13 @@ def main():
     else:
         stem, log = os.path.basename(config.method).replace(".py:", "-").lower(), []
         run = parallel.from_first(lambda: new_run(asked.run, f"{stem}-{dataset.name}"))
-    if parallel.processes()[0] == 0:
-        write_json(os.path.join(run, "config.json"),
-                   {"config": asdict(config), "options": asdict(asked.options)})
+    if rank == 0:
+        chosen = {"config": asdict(config), "options": asdict(asked.options)}
+        write_json(f"{run}/config.json", chosen)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     parallel.say(f"{config.method} on {dataset.name}: {len(dataset.classes)} training identities, "
                  f"{len(dataset.train):,} tracklets; {trained:,} parameters to train; "
-                 f"{parallel.processes()[1]} x {device}, {dtype}; run {run}")
+                 f"{world} x {device}, {dtype}; run {run}")
 
     augmented = partial(method.augment or augment, erase=config.erase)
     save = partial(weights.save, run, log, model, optimizer, scaler, dataset, config,

@@ -56,7 +56,7 @@ def test_two_epochs_are_one_and_one_resumed(method, whole, one_epoch):
     assert results_of(parts)["directions"] == results_of(whole(method))["directions"]
 
 
-def test_a_run_that_is_killed_is_resumed(whole, walkers, tmp_path, monkeypatch):
+def test_a_run_that_is_killed_is_resumed(whole, walkers, tmp_path):
     steps, forward = [], LSMRL.forward
 
     def killed_in_the_second_epoch(*given):
@@ -65,15 +65,17 @@ def test_a_run_that_is_killed_is_resumed(whole, walkers, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGKILL)
         return forward(*given)
 
-    monkeypatch.setattr(LSMRL, "forward", killed_in_the_second_epoch)
     new = ["--data", walkers, "--run", tmp_path / "run", *TINY_LSMRL, "--epochs", 2]
     child = os.fork()
     if child == 0:
-        here("train.py", *new)
-        os._exit(0)
+        try:
+            LSMRL.forward = killed_in_the_second_epoch
+            here("train.py", *new)
+        finally:
+            os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert tensors_of(tmp_path / "run")["epoch"] == 1
-    succeeds(here("train.py", "--resume", tmp_path / "run"))    # two steps are left: not killed
+    succeeds(here("train.py", "--resume", tmp_path / "run"))
     same_run(whole("lsmrl"), tmp_path / "run")
 
 
