@@ -125,20 +125,20 @@ def train_all(runs, jobs):
 
 def rows_of(runs):
     """-> {variant: {column: the figure of each seed, in per cent}}."""
-    def both(directions, score):
+    def both(directions, score="rank-1"):
         return 100 * mean(scores[score] for scores in directions.values())
 
     rows = defaultdict(lambda: defaultdict(list))
     for folder, variant, _ in runs:
         results = read_json(folder / "results.json")
-        figures = {RANK_1: both(results["directions"], "rank-1"),
+        figures = {RANK_1: both(results["directions"]),
                    "mAP": both(results["directions"], "mAP")}
         if results["silhouette_iou"] is not None:
             figures["IoU"] = 100 * results["silhouette_iou"]
-        alone = {f"{name} alone": both(own, "rank-1") for name, own in results["streams"].items()}
+        alone = {f"{name} alone": both(own) for name, own in results["streams"].items()}
         if alone:
-            better = max(alone.values())
-            figures |= alone | {"both minus the better stream": figures[RANK_1] - better}
+            figures |= alone
+            figures["both minus the better stream"] = figures[RANK_1] - max(alone.values())
         for column, figure in figures.items():
             rows[variant.name][column].append(figure)
     first, *others = rows
@@ -155,8 +155,8 @@ def in_words(column, values):
     if n == 1:
         return f"{middle:{sign}.1f}"
     if sign:
-        quantile = T_QUANTILES[min(n, 10) - 2]    # more than 10 seeds: slightly too wide
-        half = quantile * stdev(values) / n ** 0.5
+        # Slightly too wide for more than 10 seeds.
+        half = T_QUANTILES[min(n, 10) - 2] * stdev(values) / n ** 0.5
         return f"{middle:+.1f} ({middle - half:+.1f} to {middle + half:+.1f})"
     return f"{middle:.1f} ± {stdev(values):.1f}"
 
@@ -169,8 +169,8 @@ def table(rows):
         cells = [in_words(column, row[column]) if column in row else "" for column in columns]
         lines.append([name, *cells])
     words = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    command = shlex.join(["python", "compare.py", *sys.argv[1:]])
-    return (f"{words}\nSeeds 1 to {len(row[RANK_1])}: `{command}`\n"
+    command = shlex.join(sys.argv[1:])
+    return (f"{words}\nSeeds 1 to {len(row[RANK_1])}: `python compare.py {command}`\n"
             "Mean ± standard deviation; mean difference (95 % interval; with 0: not significant).")
 
 
@@ -180,7 +180,7 @@ def draw(rows):
              for column, values in row.items() if column == RANK_1 or column.endswith("alone")]
     labels = ["", *(label for label, _ in lines), ""]
     heights = range(-len(lines), 2)    # line i is at y = -i, between two empty ones
-    sheet = Sheet(2600, 336 + 100 * len(heights), font_size=52)
+    sheet = Sheet(2600, 336 + 100 * len(heights), 52)
     chart = Chart(sheet, 680, 2400, f"{RANK_1} (%) of each seed, and the mean", range(0, 101, 20),
                   heights, lambda y: labels[1 - y])
     for i, (label, values) in enumerate(lines):

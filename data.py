@@ -11,7 +11,7 @@ Quick question: why does every frame of a tracklet get the same crop, flip and e
 (Drawn anew per frame, a walking person would jump and turn from one frame to the next.)
 
 Ours, not the paper's: one draw of the augmentation per tracklet; a pad of the random crop that
-scales with the image; an order that depends on seed and epoch alone; the rule `consecutive`.
+scales with the image; an order that depends on seed and epoch alone.
 """
 import glob
 import math
@@ -188,7 +188,7 @@ def load_dataset(path, reader="", auxiliary=False, checked=True):
         raise UserError(f"no dataset in {path}; expected HITSZ-VCM, BUPTCampus, your own train/ "
                         "query/ gallery/ (docs/data.md), or --reader; search.py is for footage")
     if checked:
-        check(dataset, FRAME_RULES)
+        check(dataset)
     return dataset
 
 
@@ -207,15 +207,8 @@ def linspace(n, T, rng=None):
     return np.linspace(0, n, T, endpoint=False).astype(int) if rng is None else chunks(n, T, rng)
 
 
-def consecutive(n, T, rng=None):
-    """T successive frames, from the middle, or with rng from anywhere. [ours]"""
-    n_starts = max(1, n - T + 1)
-    start = n_starts // 2 if rng is None else rng.integers(n_starts)
-    return np.minimum(start + np.arange(T), n - 1)
-
-
 # (n, T, rng or None) -> T indices. A rule of your own goes here: --frame-rule NAME.
-FRAME_RULES = {"chunks": chunks, "linspace": linspace, "consecutive": consecutive}
+FRAME_RULES = {"chunks": chunks, "linspace": linspace}
 
 
 class Frames(torch.utils.data.Dataset):
@@ -341,5 +334,5 @@ def show():
 if __name__ == "__main__":
     import data
 
-    # Not main_of(load_dataset, ...): a reader's Dataset must be the one of the module `data`.
-    cli(lambda: main_of(data.load_dataset, FRAME_RULES, show))
+    # Not main_of(load_dataset, show): a reader's Dataset must be the one of the module `data`.
+    cli(lambda: main_of(data.load_dataset, show))

@@ -18,7 +18,6 @@ Quick question: why does mINP fall when mAP hardly moves? (It asks how far one m
 Ours, not the papers': mINP; the silhouettes' IoU; float32 (with cuDNN's TF32, but for the authors'
 files); each stream alone; re-ranking (Zhong et al., CVPR 2017); --all-frames.
 """
-import math
 import os
 import time
 from dataclasses import replace
@@ -48,10 +47,10 @@ def per_stream(function, *embeddings):
 def clips(tracklet, T):
     """--all-frames: a tracklet of n frames -> ceil(n / T) tracklets of T frames, which together
     hold every frame. Clip j takes the j-th frame of each of T chunks: it spans the whole walk."""
-    frames, made = tracklet.frames, []
-    for j in range(math.ceil(len(frames) / T)):
-        places = np.minimum(chunks(len(frames), T) + j, len(frames) - 1)
-        made.append(replace(tracklet, frames=tuple(frames[i] for i in places)))
+    n, made = len(tracklet.frames), []
+    for j in range(-(-n // T)):
+        places = np.minimum(chunks(n, T) + j, n - 1)
+        made.append(replace(tracklet, frames=tuple(tracklet.frames[i] for i in places)))
     return made
 
 
@@ -227,7 +226,7 @@ def embed_test(model, dataset, config, all_frames):
 
 def evaluate(model, dataset, config, rerank=False, all_frames=False):
     """-> results (of both directions, of each stream alone, the silhouettes' IoU), {direction:
-    (distance, match, valid)}, embeddings; in all processes but the first None."""
+    (distance, match, valid)}; in all processes but the first None."""
     embedded = embed_test(model, dataset, config, all_frames)
     if embedded is None:
         return None
@@ -244,7 +243,7 @@ def evaluate(model, dataset, config, rerank=False, all_frames=False):
             streams.setdefault(name, {})[d] = score(distance, *labels)
     iou = sum(ious) / len(ious) if ious else None
     results = {"directions": directions, "streams": streams, "silhouette_iou": iou}
-    return results, found, embeddings
+    return results, found
 
 
 def table(results):
@@ -268,12 +267,12 @@ def table(results):
 
 def report(model, dataset, config, folder, head, log=(), **how):
     """Evaluate and print the table; write results.json and pictures into `folder` unless it is "".
-    log: the run's, whose last line gets Rank-1 and mAP; head: more for results.json; how: of
+    log: the run's, whose last line gets Rank-1; head: more for results.json; how: of
     evaluate."""
     start = time.time()
     found = evaluate(model, dataset, config, **how) if dataset.test else None
     if found:
-        results, ranked, embeddings = found
+        results, ranked = found
         seconds = sum(line["seconds"] for line in log) + time.time() - start
         results = {**head, "dataset": dataset.name, **results, "seconds": round(seconds, 1)}
         print(f"\n{table(results)}\n", flush=True)
@@ -292,7 +291,7 @@ def report(model, dataset, config, folder, head, log=(), **how):
 
 
 def for_the_log(directions):
-    return {score: {d: r[score] for d, r in directions.items()} for score in ("rank-1", "mAP")}
+    return {"rank-1": {d: r["rank-1"] for d, r in directions.items()}}
 
 
 def main():

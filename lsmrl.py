@@ -289,14 +289,12 @@ class LSMRL(Method):
         self.options = o = options
         self.clip = load_clip(o.clip, o.clip_weights, pretrained)
         patch, depth = CLIP_MODELS[o.clip]["patch"], CLIP_MODELS[o.clip]["depth"]
-        if len(o.split) != 3 or sum(o.split) != depth or min(o.split) < 0:
-            raise UserError(f"split {o.split}; expected three numbers that add up to the {depth} "
-                            f"blocks of {o.clip}")
         rows, columns = size[0] // patch, size[1] // patch
-        is_cut = not o.split[1] or (o.groups > 0 and rows % o.groups == 0)
-        if size[0] % patch or size[1] % patch or not is_cut:
-            raise UserError(f"size {size}, {o.groups} groups; expected multiples of {patch}, the "
-                            f"patch of {o.clip}, and groups that divide {rows} rows of patches")
+        is_split = len(o.split) == 3 and sum(o.split) == depth and min(o.split) >= 0
+        if not is_split or size[0] % patch or size[1] % patch or (o.split[1] and rows % o.groups):
+            raise UserError(f"size {size}, split {o.split}, {o.groups} groups; expected multiples "
+                            f"of the patch, {patch}, three numbers that add up to {depth} blocks, "
+                            f"and a divisor of the {rows} rows of patches")
         visual = self.clip.visual
         visual.resize(rows, columns)
 
@@ -439,10 +437,10 @@ def main():
     torch.manual_seed(1)
     model = LSMRL(fill(Options, LSMRL.small), classes=4, size=(128, 64))
     frames, modality, label = sample(people=4, T=2)
-    for name, loss in model(normalise(frames), modality, label)[0].items():
+    losses, _ = model(normalise(frames), modality, label)
+    for name, loss in losses.items():
         print(f"{name:20} {loss.item():8.4f}")
-    embedding = model.eval().embed(normalise(frames), modality)[:, 0]
-    print("embedding", tuple(embedding.shape))
+    embedding = model.eval().embed(normalise(frames), modality)[:, 0]    # (8, 128)
     print("nearest by day to each by night:", torch.cdist(embedding[4:], embedding[:4]).argmin(1))
 
 

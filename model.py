@@ -119,9 +119,6 @@ class Options:
     mask_lr: float = option(1e-2, "learning rate of that warm-up")
     gait: bool = option(True, "off removes the whole gait stream")
     pbmge: bool = option(True, "off removes the fusion of the streams")
-    margin: float = option(0.2, "of the triplet loss")
-    identity_weight: float = option(1.0, "of both streams' identity losses")
-    triplet_weight: float = option(1.0, "of both streams' triplet losses")
     dim: int = option(256, "numbers per part")
     strips: tuple = option((1, 2, 4, 8, 16), "horizontal strips of each granularity, 1 first")
     width: int = option(64, "channels of both ResNets after the stem; 64 is ResNet-50")
@@ -259,9 +256,7 @@ class DinoGRL(Method):
     def losses_of(self, parts, logits, label, modality):
         """One stream's named losses, weighted. The place for a loss of your own: parts (B, P, D),
         cosine logits (B, P, classes), label (B,), modality (B,) of the whole batch."""
-        o = self.options
-        return {"identity": o.identity_weight * identity_loss(logits, label),
-                "triplet": o.triplet_weight * triplet_loss(parts, label, o.margin)}
+        return {"identity": identity_loss(logits, label), "triplet": triplet_loss(parts, label)}
 
     def forward(self, frames, modality, label):
         streams, losses = self.parts_by_stream(frames, modality)
@@ -290,7 +285,7 @@ class DinoGRL(Method):
 
 
 def main():
-    """The small preset's network on a few walkers: its losses and its embedding."""
+    """The losses of the small preset's network, untrained, on a few walkers."""
     from support.options import fill
     from walkers import sample
 
@@ -300,7 +295,6 @@ def main():
     losses, _ = model(normalise(frames), modality, label)
     for name, loss in losses.items():
         print(f"{name:20} {loss.item():8.4f}")
-    print("embedding", tuple(model.eval().embed(normalise(frames), modality).shape))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ starts at zero, so out = q. It departs from that only where the loss falls by it
 Ours, not the paper's: the sorted evaluation; float32 throughout under autocast (sums over sorted
 values lose too much in bfloat16).
 """
+from collections import namedtuple
 from typing import NamedTuple
 
 import torch
@@ -73,18 +74,9 @@ def prepare(parts):
     return Source(values, F.pad(powers.cumsum(dim=-1), (1, 0)))
 
 
-class Products(NamedTuple):
-    """What an Enhance's weights come down to, numbers all of them:
-    f_ij = (k1 q_i s_j + k2 q_i + k3 s_j + k4) / D, and W g(s_j) = slope s_j + offset for W1 and
-    for W2."""
-    k1: torch.Tensor
-    k2: torch.Tensor
-    k3: torch.Tensor
-    k4: torch.Tensor
-    slope1: torch.Tensor
-    offset1: torch.Tensor
-    slope2: torch.Tensor
-    offset2: torch.Tensor
+# What the weights of an Enhance come down to, numbers all of them:
+# f_ij = (k1 q_i s_j + k2 q_i + k3 s_j + k4) / D, W g(s_j) = slope s_j + offset for W1 and for W2.
+Products = namedtuple("Products", "k1 k2 k3 k4 slope1 offset1 slope2 offset2")
 
 
 class Enhance(nn.Module):
@@ -195,7 +187,6 @@ def main():
     gait, appearance = torch.randn(2, 8, 31, 64)
     pbmge = PBMGE(dim=64, strips=(1, 2, 4, 8, 16))
     refined, _ = pbmge(gait, appearance)
-    print(f"parts {tuple(gait.shape)} -> {tuple(refined.shape)}")
     print(f"at first g_31 - g_0 = {(refined[:, 31] - gait[:, 0]).abs().max():.1g}")
     e = pbmge.enhance_gait
     nn.init.ones_(e.W1[1].weight)

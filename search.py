@@ -21,7 +21,7 @@ from evaluate import distances, embed_tracklets
 from support.files import UserError, read_json, write_atomic, write_json, write_picture
 from support.footage import find_footage, normalise, read_frames
 from support.options import Parser, add_options, cli, fill, option, progress, typed
-from support.pictures import draw_ranking, evenly, found_of
+from support.pictures import BLACK, GREY, Found, draw_ranking, evenly
 from support.weights import add_run_options, digest, load_run
 
 import numpy as np
@@ -44,7 +44,7 @@ def embed_images(model, config, tracklets, modality):
     """tracklets: N lists of frames in order; a frame is a path, a PIL image or a uint8 array
     (H, W, 3), RGB, or (H, W), of any size; all of one modality, "visible" or "infrared" ->
     embeddings (N, parts, dim), float32 on the CPU; `distances` compares them."""
-    config = SimpleNamespace(**{**vars(config), "workers": 0})    # images at hand need no process
+    config = SimpleNamespace(**vars(config) | {"workers": 0})    # images at hand need no process
     tracklets = [Tracklet(tuple(frames), None, None, modality) for frames in tracklets]
     return embed_tracklets(model, tracklets, config)
 
@@ -66,9 +66,9 @@ def nearest(query, gallery, top, rows=1024):
     for start in progress(range(0, len(gallery), rows), "searching"):
         block = torch.tensor(gallery[start:start + rows], device=query.device)
         numbers = torch.arange(start, start + len(block), device=query.device)
-        best = torch.cat([best, distances(query, block)], dim=1)
-        places = torch.cat([places, numbers.expand(len(query), -1)], dim=1)
-        best, order = best.sort(dim=1, stable=True)
+        best = torch.cat([best, distances(query, block)], 1)
+        places = torch.cat([places, numbers.expand(len(query), -1)], 1)
+        best, order = best.sort(stable=True)
         best, places = best[:, :top], places.gather(1, order)[:, :top]
     return best, places
 
@@ -103,19 +103,6 @@ def open_gallery(model, config, options, how):
     return embeddings.numpy(), shown
 
 
-def draw(found, queries, shown, size):
-    """The first eight places of the first eight queries -> PIL image."""
-    rows = []
-    for answer in found[:8]:
-        name = answer["query"]
-        row = [found_of(name, queries[name], size, "query")]
-        for hit in answer["ranked"][:8]:
-            name = hit["tracklet"]
-            row.append(found_of(name, shown[name], size, None, hit["distance"]))
-        rows.append(row)
-    return draw_ranking(rows)
-
-
 def main():
     parser = Parser(description=__doc__.split("\n\n")[0])
     add_options(parser, Options)
@@ -134,20 +121,26 @@ def main():
         return
     if trained["dataset"] == "walkers":
         print("trained on walkers, who are drawn: this model knows nothing of real people")
-    found, names, modality = [], list(shown), options.query_modality
+    rows, names, modality = [], list(shown), options.query_modality
     best, places = nearest(query.to(model.device), gallery, options.top)
-    for name, *row in zip(queries, best.tolist(), places.tolist(), strict=True):
-        ranked = [{"tracklet": names[place], "distance": distance}
-                  for distance, place in zip(*row, strict=True)]
-        about = {"query": name, "modality": modality, "frames": len(queries[name])}
-        found.append(about | {"ranked": ranked})
-        print(f"{name} ({modality}, {about['frames']} frames), the nearest of {len(gallery):,}:")
-        for number, hit in enumerate(ranked, 1):
-            print(f"{number:6}{hit['distance']:12.4f}  {hit['tracklet']}")
+    for name, *ranked in zip(queries, best.tolist(), places.tolist(), strict=True):
+        row = [Found(name, queries[name], BLACK)]
+        print(f"{name} ({modality}, {len(queries[name])} frames), "
+              f"the nearest of {len(gallery):,}:")
+        for distance, place in zip(*ranked, strict=True):
+            other = names[place]
+            print(f"{len(row):6}{distance:12.4f}  {other}")
+            row.append(Found(other, shown[other], GREY, distance))
+        rows.append(row)
     if options.json:
-        write_json(options.json, {"gallery": len(gallery), "queries": found})
-    if options.figure:
-        write_picture(options.figure, draw(found, queries, shown, config.size))
+        answers = [
+            {"query": asked.caption, "modality": modality, "frames": len(asked.frames),
+             "ranked": [{"tracklet": hit.caption, "distance": hit.distance} for hit in hits]}
+            for asked, *hits in rows]
+        write_json(options.json, {"gallery": len(gallery), "queries": answers})
+    if options.figure:    # the first eight places of eight queries
+        image = draw_ranking([row[:9] for row in rows[:8]], config.size)
+        write_picture(options.figure, image)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ process. Dropout and blanking draw from torch's random state, which is in the ch
 
 Quick question: where is the validation set? (Neither benchmark has one: nothing is chosen here.)
 
-Ours, not the papers': bfloat16 in place of float16; DinoGRL's 80 epochs; the warm-up of a part that
-must not be used untrained; the small presets; exact resuming.
+Ours, not the papers': bfloat16 in place of float16; DinoGRL's 80 epochs; the warm-up of the mask
+branch; the small presets; exact resuming.
 """
 import bisect
 import math
@@ -57,7 +57,7 @@ class Config:
     size: tuple = option((256, 128), "height and width of the frames")
     frames: int = option(6, "per tracklet; more help a little and cost in proportion")
     test_frames: int = option(0, "per tracklet in the test; 0: as in training")
-    frame_rule: str = option("", "chunks, linspace, consecutive; none: the protocol's")
+    frame_rule: str = option("", "chunks or linspace; none: as in the dataset's protocol")
     erase: float = option(0.5, "probability of random erasing; lower it for short runs")
     workers: int = option(min(8, os.cpu_count() or 1), "loader processes; 0: best on a laptop")
     test_batch: int = option(32, "tracklets at a time in evaluation")
@@ -73,9 +73,8 @@ class Config:
     cosine: bool = option(False, "in place of milestones a cosine, to 0.01 of the rate")
 
 
-def learning_rate_factor(config, epoch):
-    """The factor on the learning rate in an epoch, counted from 0: linear warm-up from 0.01, then
-    x0.1 at each milestone, or a cosine that would be at 0.01 one epoch after the last."""
+def learning_rate_factor(config, epoch):    # counted from 0
+    """Linear warm-up from 0.01, then x0.1 at each milestone, or a cosine to 0.01."""
     if epoch < config.warmup_epochs:
         return 0.01 + 0.99 * epoch / config.warmup_epochs
     if not config.cosine:
@@ -88,8 +87,8 @@ def learning_rate_factor(config, epoch):
 # -------------------------------------------------------------- the loop ----
 
 def train(config, dataset, loader, augmented, model, autocast, optimizer, scaler, log, save, test):
-    """Epochs len(log) + 1 to config.epochs. augmented(uint8 frames, modality, generator) ->
-    normalised frames; log: a dict for each epoch so far; save(), test(): after an epoch."""
+    """Epochs len(log) + 1 to config.epochs. log: a dict for each epoch so far; augmented(uint8
+    frames, modality, generator) -> normalised frames."""
     device, rank = model.device, parallel.processes()[0]
     label_of = {pid: label for label, pid in enumerate(dataset.classes)}
     label_of_tracklet = torch.tensor([label_of[t.pid] for t in dataset.train])
@@ -121,7 +120,8 @@ def train(config, dataset, loader, augmented, model, autocast, optimizer, scaler
 
             # Show: the means so far. Reading them waits for the GPU.
             for name, value in {**losses, **shown}.items():
-                sums[name] = sums.get(name, 0) + torch.as_tensor(value).detach()
+                value = torch.as_tensor(value, device=device).detach()
+                sums[name] = sums.get(name, 0) + value
             if device.type == "cpu" or step % 10 == 9 or step + 1 == config.steps:
                 means = parallel.averaged(sums, step + 1)
                 bar.set_postfix_str(brief(means))
@@ -149,8 +149,8 @@ def brief(means):
 
 
 def is_due(config, epoch):    # for an evaluation
-    every = config.evaluate_every
-    return epoch == config.epochs or (every > 0 and epoch > 0 and epoch % every == 0)
+    every = config.evaluate_every or config.epochs
+    return epoch == config.epochs or (epoch > 0 and epoch % every == 0)
 
 
 def warm_up(model, loader, augmented, config):
@@ -218,7 +218,7 @@ def read_command_line(words=None):
     config, options, given = configure(parser, words, Config, method, checkpoint)
     check_free(given.get("run"))    # now, and not after all is loaded
     return SimpleNamespace(config=config, options=options, method=method, run=given.get("run"),
-                           resume=given.get("resume"), checkpoint=checkpoint)
+                           resume=first["resume"].removesuffix("/last.pt"), checkpoint=checkpoint)
 
 
 def main():
@@ -251,10 +251,8 @@ def main():
     if rank == 0:
         chosen = {"config": asdict(config), "options": asdict(asked.options)}
         write_json(f"{run}/config.json", chosen)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     parallel.say(f"{config.method} on {dataset.name}: {len(dataset.classes)} training identities, "
-                 f"{len(dataset.train):,} tracklets; {trained:,} parameters to train; "
-                 f"{world} x {device}, {dtype}; run {run}")
+                 f"{len(dataset.train):,} tracklets; {world} x {device}, {dtype}; run {run}")
 
     augmented = partial(method.augment or augment, erase=config.erase)
     save = partial(weights.save, run, log, model, optimizer, scaler, dataset, config,
@@ -271,8 +269,10 @@ def main():
         train(config, dataset, loader, augmented, model, autocast, optimizer, scaler, log, save,
               test)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; go on after the last whole epoch: python train.py "
-                                f"--resume {run}") from None
+        how = f"go on after the last whole epoch: python train.py --resume {run}"
+        if not os.path.exists(f"{run}/last.pt"):
+            how = f"before the first checkpoint; remove {run} and start again"
+        raise KeyboardInterrupt(f"interrupted; {how}") from None
     parallel.leave()
 
 

@@ -1,4 +1,4 @@
-"""Every problem of a dataset: `python data.py PATH`. rules: the names of the frame rules."""
+"""Every problem of a dataset: `python data.py PATH`."""
 import functools
 import multiprocessing
 import os
@@ -30,16 +30,18 @@ def missing_files(dataset):
 def unanswered(dataset, query, gallery):
     """How many queries have no right answer in the gallery."""
     cameras_of = defaultdict(set)
-    for t in (dataset.test[i] for i in gallery):
+    for i in gallery:
+        t = dataset.test[i]
         cameras_of[t.pid].add(t.camera)
     number = 0
-    for t in (dataset.test[i] for i in query):
+    for i in query:
+        t = dataset.test[i]
         ignored = {t.camera} if dataset.ignore_same_camera else set()
         number += cameras_of[t.pid] <= ignored
     return number
 
 
-def wrong_lists(dataset, rules):
+def wrong_lists(dataset):
     """What makes ranking or training impossible."""
     if not dataset.train + dataset.test:
         yield f"no tracklets in {dataset.root}; expected some"
@@ -48,8 +50,6 @@ def wrong_lists(dataset, rules):
     for direction, (query, gallery) in dataset.directions.items():
         if dataset.test and unanswered(dataset, query, gallery) == len(query):
             yield f"{direction}: not one of {len(query)} queries has a right answer in the gallery"
-    if dataset.frame_rule not in rules:
-        yield f"frame rule {dataset.frame_rule!r}; expected one of {', '.join(rules)}"
     modalities = defaultdict(set)
     for t in dataset.train:
         modalities[t.pid].add(t.modality)
@@ -60,9 +60,9 @@ def wrong_lists(dataset, rules):
             yield f"training identity {pid} has only {sorted(found)}; expected visible and infrared"
 
 
-def check(dataset, rules):
+def check(dataset):
     """Raises UserError for the first problem."""
-    problems = [*wrong_lists(dataset, rules), *missing_files(dataset)]
+    problems = [*wrong_lists(dataset), *missing_files(dataset)]
     if problems:
         raise UserError(f"{problems[0]} (problem 1 of {len(problems)}; python data.py lists all)")
 
@@ -81,16 +81,17 @@ def print_statistics(dataset):
     for split in ("train", "test"):
         for modality in ("visible", "infrared"):
             mine = [t for t in getattr(dataset, split) if t.modality == modality]
-            people, cameras = {t.pid for t in mine}, {t.camera for t in mine if t.camera}
+            people = {t.pid for t in mine}
+            cameras = {str(t.camera) for t in mine if t.camera}
             print(f"{split:<8}{modality:<10}{len(people):>10,}{len(mine):>11,}"
                   f"{sum(len(t.frames) for t in mine):>10,}",
-                  *sorted(map(str, cameras), key=natural))
+                  *sorted(cameras, key=natural))
     for direction, (query, gallery) in dataset.directions.items():
         print(f"{direction}: {len(query):,} queries ({unanswered(dataset, query, gallery):,} "
               f"without an answer: not scored), {len(gallery):,} gallery tracklets")
 
 
-def main_of(load, rules, show):
+def main_of(load, show):
     """`python data.py PATH` -> exit code 0 if the dataset is usable, else 2. Without PATH: show."""
     parser = Parser(description="Statistics and every problem of a dataset.")
     parser.add_argument("path", nargs="?", default="")
@@ -105,7 +106,7 @@ def main_of(load, rules, show):
     with multiprocessing.Pool(None, ignore_interrupts, (0,)) as pool:
         read = pool.imap(unreadable, frames, chunksize=64)
         torn = [why for why in progress(read, "reading", len(frames)) if why]
-    kinds = list(wrong_lists(dataset, rules)), missing_files(dataset), torn
+    kinds = list(wrong_lists(dataset)), missing_files(dataset), torn
     for lines in kinds:
         for line in lines[:MOST]:
             print("problem:", line)

@@ -5,9 +5,6 @@
 
 Mirrors github.com/openai/CLIP (clip/model.py): the same 302 tensors as ViT-B-16.pt. LSMRL needs a
 single sentence (prompt_of), so there is no tokenizer.
-
-Quick question: why does LSMRL encode 12 tokens, when CLIP pads every sentence to 77? (The text
-transformer is causal: padding after the end token changes nothing and costs six times as much.)
 """
 import math
 import os
@@ -33,10 +30,9 @@ CLIP_MODELS = {"tiny": TINY_SIZES, "tiny-random": TINY_SIZES, "ViT-B-16": {
     "text_width": 512, "text_depth": 12, "text_heads": 8, "words": 49408}}
 TINY_FILE = f"{ROOT}/assets/tiny_clip.pt"
 CLIP_SHA256 = "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"
-CLIP_URL = f"https://openaipublic.azureedge.net/clip/models/{CLIP_SHA256}/ViT-B-16.pt"
 
 
-def drawn(*shape, std):
+def drawn(std, *shape):
     return nn.Parameter(torch.randn(shape) * std)
 
 
@@ -46,7 +42,7 @@ class Attention(nn.Module):
     def __init__(self, dim, heads, causal=False):
         super().__init__()
         self.heads, self.causal = heads, causal
-        self.in_proj_weight = drawn(3 * dim, dim, std=dim ** -0.5)
+        self.in_proj_weight = drawn(dim ** -0.5, 3 * dim, dim)
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
         self.out_proj = nn.Linear(dim, dim)
 
@@ -54,16 +50,16 @@ class Attention(nn.Module):
         """-> three of (N, heads, L or M, D / heads)."""
         weight, bias, D = self.in_proj_weight, self.in_proj_bias, x.shape[-1]
         if context is None:
-            q, k, v = F.linear(x, weight, bias).chunk(3, dim=-1)
+            three = F.linear(x, weight, bias).chunk(3, -1)
         else:
-            q = F.linear(x, weight[:D], bias[:D])
-            k, v = F.linear(context, weight[D:], bias[D:]).chunk(2, dim=-1)
-        return [y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v)]
+            three = [F.linear(x, weight[:D], bias[:D]),
+                     *F.linear(context, weight[D:], bias[D:]).chunk(2, -1)]
+        return [y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in three]
 
     def forward(self, x, context=None):
         """x (N, L, D), context (N, M, D), by default x itself -> (N, L, D)."""
-        q, k, v = self.queries_keys_values(x, context)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        y = F.scaled_dot_product_attention(
+            *self.queries_keys_values(x, context), is_causal=self.causal)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
     def weights(self, x, context):
@@ -99,10 +95,9 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class Transformer(nn.Module):
-    def __init__(self, dim, depth, heads, causal=False):
-        super().__init__()
-        self.resblocks = nn.Sequential(*(Block(dim, heads, causal) for _ in range(depth)))
+def transformer(depth, *of_a_block):
+    """A module whose resblocks are so many blocks."""
+    return nn.ModuleDict({"resblocks": nn.Sequential(*(Block(*of_a_block) for _ in range(depth)))})
 
 
 class VisionTransformer(nn.Module):
@@ -113,18 +108,18 @@ class VisionTransformer(nn.Module):
         self.grid = grid
         std = width ** -0.5
         self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
-        self.class_embedding = drawn(width, std=std)
-        self.positional_embedding = drawn(1 + math.prod(grid), width, std=std)
+        self.class_embedding = drawn(std, width)
+        self.positional_embedding = drawn(std, 1 + math.prod(grid), width)
         self.ln_pre = nn.LayerNorm(width)
         self.ln_post = nn.LayerNorm(width)
-        self.transformer = Transformer(width, depth, heads)
-        self.proj = drawn(width, dim, std=std)
+        self.transformer = transformer(depth, width, heads)
+        self.proj = drawn(std, width, dim)
 
     def embed(self, images):
         """Images (N, 3, H, W) -> the input of the blocks (N, 1 + h*w, D): CLS, then patches."""
-        patches = self.conv1(images).flatten(2).transpose(1, 2)
-        cls = self.class_embedding.to(patches).expand(patches.shape[0], 1, -1)
-        return self.ln_pre(torch.cat([cls, patches], dim=1) + self.positional_embedding)
+        patches = self.conv1(images).flatten(2).mT
+        cls = self.class_embedding.to(patches).expand_as(patches[:, :1])
+        return self.ln_pre(torch.cat([cls, patches], 1) + self.positional_embedding)
 
     def resize(self, h, w):
         """Resize the positions bilinearly to an h x w grid of patches. Row 0 (CLS) stays."""
@@ -132,30 +127,30 @@ class VisionTransformer(nn.Module):
         maps = rows[1:].t().unflatten(1, self.grid)[None]    # (1, D, rows, columns)
         resized = F.interpolate(maps, (h, w), mode="bilinear")[0].flatten(1).t()
         self.positional_embedding = nn.Parameter(torch.cat([rows[:1], resized]))
-        self.grid = (h, w)
+        self.grid = h, w
 
 
 class CLIP(nn.Module):
     def __init__(self, *, words, dim, text_width, text_depth, text_heads, **visual):
         super().__init__()
         self.visual = VisionTransformer(dim=dim, **visual)
-        self.transformer = Transformer(text_width, text_depth, text_heads, causal=True)
+        self.transformer = transformer(text_depth, text_width, text_heads, True)    # causal
         self.token_embedding = nn.Embedding(words, text_width)
-        self.positional_embedding = drawn(77, text_width, std=0.01)
+        self.positional_embedding = drawn(0.01, 77, text_width)
         self.ln_final = nn.LayerNorm(text_width)
-        self.text_projection = drawn(text_width, dim, std=text_width ** -0.5)
+        self.text_projection = drawn(text_width ** -0.5, text_width, dim)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     def encode_image(self, images):
         """Images (N, 3, H, W) -> features (N, dim)."""
-        x = self.visual.transformer.resblocks(self.visual.embed(images))
-        return self.visual.ln_post(x[:, 0]) @ self.visual.proj
+        visual = self.visual
+        x = visual.transformer.resblocks(visual.embed(images))
+        return visual.ln_post(x[:, 0]) @ visual.proj
 
     def encode_text(self, words, end):
         """Word vectors (C, L, width), index of the end token, int or (C,) -> features (C, dim)."""
-        positions = self.positional_embedding[:words.shape[1]]
-        x = self.transformer.resblocks(words + positions)
+        x = self.transformer.resblocks(words + self.positional_embedding[:words.shape[1]])
         return self.ln_final(x[torch.arange(len(x)), end]) @ self.text_projection
 
 
@@ -175,39 +170,35 @@ def prompt_of(name):
     return tokenized(["a photo of a X X X X person ."])[0][0]
 
 
-def read_clip(path):
-    """OpenAI's TorchScript archive or a state dict -> {name: tensor}. Raises UserError."""
-    try:
-        tensors = torch.jit.load(path, map_location="cpu").state_dict()
-    except (RuntimeError, ValueError):    # not an archive, or a torn one
-        tensors = read_tensors(path)
-    for name in "input_resolution", "context_length", "vocab_size":    # integers, not weights
-        tensors.pop(name, None)
-    return tensors
-
-
 def fetch_openai():
     """-> the path of OpenAI's file, downloaded once and cached; its SHA-256 is checked."""
     folder = f"{torch.hub.get_dir()}/checkpoints"
     path = f"{folder}/CLIP-ViT-B-16-{CLIP_SHA256[:8]}.pt"
     if not os.path.exists(path):    # torch writes to a temporary name first
         os.makedirs(folder, exist_ok=True)
-        torch.hub.download_url_to_file(CLIP_URL, path, hash_prefix=CLIP_SHA256)
+        torch.hub.download_url_to_file(
+            f"https://openaipublic.azureedge.net/clip/models/{CLIP_SHA256}/ViT-B-16.pt", path,
+            CLIP_SHA256)
     return path
 
 
 def load_clip(name, weights="", pretrained=True):
-    """The CLIP of that name with a frozen text side. weights: a local file instead of the download.
+    """The CLIP of that name with a frozen text side. weights: a local file, OpenAI's
+    TorchScript archive or a state dict, instead of the download.
     pretrained=False: random weights, for a checkpoint to fill. Raises UserError."""
     if name not in CLIP_MODELS:
         raise UserError(f"CLIP {name} is not known; expected one of {', '.join(CLIP_MODELS)}")
     clip = CLIP(**CLIP_MODELS[name])
     if pretrained and name != "tiny-random":
-        if name == "tiny":
-            weights = weights or TINY_FILE
-        path = weights or download(
+        path = weights or (TINY_FILE if name == "tiny" else download(
             "CLIP ViT-B/16", "give OpenAI's file by --clip-weights FILE, or take --preset small (a "
-            "tiny CLIP)", fetch_openai)
-        load_strictly(clip, read_clip(path), f"{path} (as CLIP {name})")
-    clip.requires_grad_(False).visual.requires_grad_(True)
+            "tiny CLIP)", fetch_openai))
+        try:
+            tensors = torch.jit.load(path, map_location="cpu").state_dict()
+        except (RuntimeError, ValueError):    # not an archive, or a torn one
+            tensors = read_tensors(path)
+        for key in "input_resolution", "context_length", "vocab_size":    # integers, not weights
+            tensors.pop(key, None)
+        load_strictly(clip, tensors, f"{path} (as CLIP {name})")
+    clip.requires_grad_(False).visual.requires_grad_()
     return clip

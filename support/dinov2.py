@@ -17,46 +17,39 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-PATCH = 14
 # name: (width D, blocks, heads, register tokens). `tiny` is distilled from DINOv2
 # (support/priors.py), `tiny-random` is not trained.
 DINOV2 = {"dinov2_vits14": (384, 12, 6, 0), "dinov2_vits14_reg": (384, 12, 6, 4),
           "dinov2_vitb14": (768, 12, 12, 0), "dinov2_vitb14_reg": (768, 12, 12, 4),
           "dinov2_vitl14": (1024, 24, 16, 0), "dinov2_vitl14_reg": (1024, 24, 16, 4),
-          "tiny": (32, 4, 1, 0), "tiny-random": (32, 4, 1, 0)}
+          "tiny": (32, 4, 1), "tiny-random": (32, 4, 1)}
 TINY, RANDOM = "tiny", "tiny-random"
 TINY_FILE = f"{ROOT}/assets/tiny_dinov2.pt"
 # A pinned commit: torch.hub runs its code.
 DINOV2_HUB = "facebookresearch/dinov2:b8931f7bf91576930313be2c6d6af376033b35f0"
 
 
-class DinoAttention(nn.Module):
+class DinoBlock(nn.Module):
+    """Attention and MLP, each with a scaled shortcut: x (N, L, D) -> (N, L, D)."""
+
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x):
-        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))    # (N, L, 3, heads, d)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)    # (N, heads, L, d) each
-        y = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(y.transpose(1, 2).flatten(2))    # (N, L, D)
-
-
-class DinoBlock(nn.Module):
-    def __init__(self, dim, heads):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = DinoAttention(dim, heads)
+        self.norm1 = nn.LayerNorm(dim, 1e-6)
+        self.attn = nn.ModuleDict(
+            {"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
         self.ls1 = nn.ParameterDict({"gamma": torch.ones(dim)})
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, 1e-6)
         self.mlp = nn.Sequential(OrderedDict(
             fc1=nn.Linear(dim, 4 * dim), gelu=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
         self.ls2 = nn.ParameterDict({"gamma": torch.ones(dim)})
 
     def forward(self, x):
-        x = x + self.ls1.gamma * self.attn(self.norm1(x))
+        # Queries, keys and values of each head, of d = D / heads numbers.
+        qkv = self.attn.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1))
+        # (N, L, 3, heads, d) -> three of (N, heads, L, d)
+        y = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
+        x = x + self.ls1.gamma * self.attn.proj(y.transpose(1, 2).flatten(2))
         return x + self.ls2.gamma * self.mlp(self.norm2(x))
 
 
@@ -73,9 +66,9 @@ class DinoVisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + 37 * 37, dim))
         self.register_tokens = nn.Parameter(torch.zeros(1, registers, dim)) if registers else None
         self.mask_token = nn.Parameter(torch.zeros(1, dim))
-        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, PATCH, PATCH)))
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, 14, 14)))
         self.blocks = nn.ModuleList(DinoBlock(dim, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = nn.LayerNorm(dim, 1e-6)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
@@ -84,24 +77,22 @@ class DinoVisionTransformer(nn.Module):
         registers interpolate in another way, as in the official code."""
         if h == w == 37:
             return self.pos_embed
-        cls, grid = self.pos_embed[:, :1], self.pos_embed[:, 1:]
-        grid = grid.transpose(1, 2).unflatten(2, (37, 37))    # (1, D, 37, 37)
+        how = {"size": (h, w), "antialias": True}
         if self.register_tokens is None:
-            scale = (h + 0.1) / 37, (w + 0.1) / 37
-            grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
-        else:
-            grid = F.interpolate(grid, size=(h, w), mode="bicubic", antialias=True)
-        return torch.cat([cls, grid.flatten(2).transpose(1, 2)], dim=1)
+            how = {"scale_factor": ((h + 0.1) / 37, (w + 0.1) / 37)}
+        grid = self.pos_embed[:, 1:].mT.unflatten(2, (37, 37))    # (1, D, 37, 37)
+        grid = F.interpolate(grid, mode="bicubic", **how)
+        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).mT], 1)
 
     def get_intermediate_layers(self, x, n, norm=True):
         """x (N, 3, H, W), H and W multiples of 14 -> a list: for each block whose index is in n its
         patch tokens (N, H*W/196, D). norm: whether the last layer norm is applied."""
-        N, _, H, W = x.shape
-        h, w = H // PATCH, W // PATCH
-        patches = self.patch_embed(x).flatten(2).transpose(1, 2)    # (N, h*w, D)
-        x = torch.cat([self.cls_token.expand(N, -1, -1), patches], dim=1) + self.positions(h, w)
+        patches = self.patch_embed(x)
+        N, _, h, w = patches.shape
+        x = torch.cat([self.cls_token.expand(N, -1, -1), patches.flatten(2).mT], 1)
+        x = x + self.positions(h, w)    # (N, 1 + h*w, D)
         if self.register_tokens is not None:    # after the CLS token, and without a position
-            x = torch.cat([x[:, :1], self.register_tokens.expand(N, -1, -1), x[:, 1:]], dim=1)
+            x = torch.cat([x[:, :1], self.register_tokens.expand(N, -1, -1), x[:, 1:]], 1)
         layers = []
         for i, block in enumerate(self.blocks):
             x = block(x)
@@ -112,7 +103,7 @@ class DinoVisionTransformer(nn.Module):
 
 def levels_of(prior):
     """The indices of the blocks whose tokens SASGL reads: the last of each quarter."""
-    return [len(prior.blocks) * k // 4 - 1 for k in (1, 2, 3, 4)]
+    return [len(prior.blocks) * k // 4 - 1 for k in range(1, 5)]
 
 
 # --------------------------------------------------------------- weights ----
@@ -151,14 +142,10 @@ def load_dinov2(name, weights="", pretrained=True):
         torch.default_generator.manual_seed(1002)    # not the GPUs': they are not restored
         dinov2 = DinoVisionTransformer(*DINOV2[name])
         if pretrained and (weights or name != RANDOM):
-            tensors = with_official_names(read_tensors(weights) if weights else from_hub(name))
-            load_strictly(dinov2, tensors, f"{weights or 'torch.hub'} (as DINOv2 {name})")
+            tensors = read_tensors(weights) if weights else download(
+                f"DINOv2 ({name})", "give its official file by --dinov2-weights FILE, or take "
+                "--dinov2 tiny (small, for trying out)", torch.hub.load, DINOV2_HUB, name,
+                trust_repo=True, skip_validation=True).state_dict()
+            load_strictly(dinov2, with_official_names(tensors),
+                          f"{weights or 'torch.hub'} (as DINOv2 {name})")
     return dinov2.requires_grad_(False).eval()
-
-
-def from_hub(name):
-    """The official tensors of that name. Raises UserError."""
-    hub = download(f"DINOv2 ({name})", "give its official file by --dinov2-weights FILE, or take "
-                   "--dinov2 tiny (small, for trying out)", torch.hub.load, DINOV2_HUB, name,
-                   trust_repo=True, skip_validation=True)
-    return hub.state_dict()

@@ -1,8 +1,4 @@
-"""Files: errors that a user can act on, writing that loses nothing, the folder of a run.
-
-Quick question: why write to another name first, and then rename? (A rename is a single step for
-the system: a process that is killed while it writes leaves the old file whole.)
-"""
+"""Files: errors that a user can act on, writing that loses nothing, the folder of a run."""
 import json
 import os
 

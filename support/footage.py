@@ -3,9 +3,6 @@
     frame.png, or walk.gif#3 -> read_frame -> uint8 (3, H, W)
     DIR/camera 1/007/1.png ... 24.png, DIR/camera 2/walk.gif
         -> find_footage -> {"camera 1/007": 24 paths, "camera 2/walk.gif": ...}
-
-Quick question: why are loose frames beside folders of frames refused? (They may be one picture each
-of many people. You can mend a refused folder; you would never notice a wrong tracklet.)
 """
 import functools
 import os
@@ -33,8 +30,8 @@ def picture(image, size):
     image = ImageOps.exif_transpose(image)    # a copy
     if image.mode.startswith(("I", "F")):    # I, F, I;16 and its byte orders
         deep = np.nan_to_num(np.asarray(image, np.float32))
-        scale = 255 / max(np.ptp(deep), 1e-6)
-        image = Image.fromarray(((deep - deep.min()) * scale).astype(np.uint8))
+        deep = (deep - deep.min()) * (255 / max(np.ptp(deep), 1e-6))
+        image = Image.fromarray(deep.astype(np.uint8))
     image = image.convert("RGB").resize((W, H), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.moveaxis(np.asarray(image), 2, 0).copy())
 
@@ -50,7 +47,7 @@ def opened(file):
                         "again, or see python data.py for all such files") from None
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(1)
 def animation(path, size):
     """All pictures of an animated file: each builds on the one before."""
     with opened(path) as image:
@@ -83,9 +80,9 @@ def read_frames(frames, size):
 
 def true_masks(root, frames, size):
     """The true silhouettes, bool (T, H, W), of a dataset with masks/ (walkers have), or None."""
-    files = [Path(root, "masks", os.path.relpath(frame, root)) for frame in frames]
-    masks = [file.with_suffix(".png") for file in files]
-    there = all(mask.is_file() for mask in masks)
+    masks = [Path(root, "masks", os.path.relpath(frame, root)).with_suffix(".png")
+             for frame in frames]
+    there = all(map(os.path.isfile, masks))
     return read_frames(masks, size)[:, 0] > 127 if there else None
 
 
@@ -94,8 +91,6 @@ def normalise(frames, channels=slice(None)):
     mean, std = (x[channels, None, None].to(frames.device) for x in (MEAN, STD))
     return (frames / 255).sub_(mean).div_(std)
 
-
-# ------------------------------------------------------ folders of frames ----
 
 def natural(name):
     """Sort key: frame2 before frame10."""

@@ -2,9 +2,6 @@
 
     load_release(DinoGRL, folder)         best_model.pth, best_model2.pth, best_shape.pth -> DinoGRL
     load_mask_branch(mask_branch, path)   MaskBranch_vits14.pt -> SASGL's mask branch
-
-Quick question: why are some of their tensors ignored? (They belong to layers that the released
-network never calls. The files hold them, but no output depends on them.)
 """
 import os
 
@@ -14,45 +11,40 @@ from support.weights import load_strictly, read_tensors
 
 import torch
 
-# {file: (our module, {their prefix of a tensor's name: our prefix})}; the rest of the name is the
-# same. The first prefix that fits is taken: enhance_gait.g. stands before enhance_gait.
-OFFICIAL = {
-    "best_model.pth": ("streams.appearance.", {
-        "image_encoder1.resnet_conv.0.": "visible_stem.conv1.",
-        "image_encoder1.resnet_conv.1.": "visible_stem.bn1.",
-        "image_encoder2.resnet_conv.0.": "infrared_stem.conv1.",
-        "image_encoder2.resnet_conv.1.": "infrared_stem.bn1.",
-        "share_encoder.resnet_conv.0.": "backbone.layer1.",
-        "share_encoder.resnet_conv.1.": "backbone.layer2.",
-        "share_encoder.resnet_conv.2.": "backbone.layer3.",
-        "share_encoder.resnet_conv.3.": "backbone.layer4.",
-        "FCs.fc_bin": "parts.weight",
-        "BNNecks.fc_bin": "head.weight",
-        "BNNecks.bn1d.": "head.bn."}),
-    "best_model2.pth": ("pbmge.", {
-        "enhance_shape_net_3.g.0.": "enhance_gait.g.",
-        "enhance_shape_net_3.": "enhance_gait.",
-        "enhance_app_net_3.g.0.": "enhance_appearance.g.",
-        "enhance_app_net_3.": "enhance_appearance."}),
-    "best_shape.pth": ("streams.gait.", {
-        "dinov2.dinov2.": "sasgl.prior.",
-        "dinov2.Mask_Branch.": "sasgl.mask_branch.",
-        "dinov2.Denoising_Branch.": "sasgl.denoising_branch.",
-        "dinov2.Appearance_Branch.": "sasgl.appearance_branch.",
-        "dinov2.gait_net.pre_part.forward_block.conv1.conv.": "sasgl.gait_net.denoising_stem.conv.",
-        "dinov2.gait_net.pre_part.forward_block.bn1.": "sasgl.gait_net.denoising_stem.bn.",
-        "dinov2.gait_net.pre_part.forward_block.layer1.0.": "sasgl.gait_net.denoising_stem.block.",
-        "dinov2.gait_net.pre_rgb.forward_block.conv1.conv.": "sasgl.gait_net.appearance_stem.conv.",
-        "dinov2.gait_net.pre_rgb.forward_block.bn1.": "sasgl.gait_net.appearance_stem.bn.",
-        "dinov2.gait_net.pre_rgb.forward_block.layer1.0.": "sasgl.gait_net.appearance_stem.block.",
-        "dinov2.gait_net.fusion.conv.forward_block.": "sasgl.gait_net.fusion.score.",
-        "dinov2.gait_net.post_backbone.resnet_conv.0.": "sasgl.gait_net.backbone.layer1.",
-        "dinov2.gait_net.post_backbone.resnet_conv.1.": "sasgl.gait_net.backbone.layer2.",
-        "dinov2.gait_net.post_backbone.resnet_conv.2.": "sasgl.gait_net.backbone.layer3.",
-        "dinov2.gait_net.post_backbone.resnet_conv.3.": "sasgl.gait_net.backbone.layer4.",
-        "dinov2.gait_net.FCs.fc_bin": "parts.weight",
-        "dinov2.gait_net.BNNecks.fc_bin": "head.weight",
-        "dinov2.gait_net.BNNecks.bn1d.": "head.bn."})}
+FILES = "best_model.pth", "best_model2.pth", "best_shape.pth"
+
+# Parts of our names -> of theirs, replaced in this order.
+PARTS = {
+    "streams.appearance.": "best_model.pth: ",
+    "pbmge.": "best_model2.pth: ",
+    "streams.gait.sasgl.": "best_shape.pth: dinov2.",
+    "streams.gait.": "best_shape.pth: dinov2.gait_net.",
+    # The ResNets.
+    "visible_stem.conv1.": "image_encoder1.resnet_conv.0.",
+    "visible_stem.bn1.": "image_encoder1.resnet_conv.1.",
+    "infrared_stem.conv1.": "image_encoder2.resnet_conv.0.",
+    "infrared_stem.bn1.": "image_encoder2.resnet_conv.1.",
+    "gait_net.backbone.": "gait_net.post_backbone.",
+    ": backbone.": ": share_encoder.",
+    **{f"layer{i + 1}.": f"resnet_conv.{i}." for i in range(4)},
+    "parts.weight": "FCs.fc_bin",
+    "head.weight": "BNNecks.fc_bin",
+    "head.bn.": "BNNecks.bn1d.",
+    # SASGL.
+    "prior.": "dinov2.",
+    "mask_branch.": "Mask_Branch.",
+    "denoising_branch.": "Denoising_Branch.",
+    "appearance_branch.": "Appearance_Branch.",
+    "denoising_stem.": "pre_part.forward_block.",
+    "appearance_stem.": "pre_rgb.forward_block.",
+    "forward_block.conv.": "forward_block.conv1.conv.",
+    "forward_block.bn.": "forward_block.bn1.",
+    "forward_block.block.": "forward_block.layer1.0.",
+    "fusion.score.": "fusion.conv.forward_block.",
+    # PBMGE.
+    "enhance_gait.": "enhance_shape_net_3.",
+    "enhance_appearance.": "enhance_app_net_3.",
+    "net_3.g.": "net_3.g.0."}
 
 # Parts of the names of tensors that are ignored.
 UNUSED = ".gcn_", ".GAP.p", "Mask_Branch.bn_t.", "Denoising_Branch.bn_t."
@@ -60,11 +52,10 @@ UNUSED = ".gcn_", ".GAP.p", "Mask_Branch.bn_t.", "Denoising_Branch.bn_t."
 
 def official_name(own):
     """The name of a tensor of our DinoGRL -> "FILE: the authors' name"."""
-    for file, (module, prefixes) in OFFICIAL.items():
-        for theirs, ours in prefixes.items():
-            if own.startswith(module + ours):
-                return f"{file}: {theirs}{own.removeprefix(module + ours)}"
-    return f"the model's own {own}"
+    name = own
+    for ours, theirs in PARTS.items():
+        name = name.replace(ours, theirs)
+    return name if ".pth: " in name else f"the model's own {own}"
 
 
 def load_release(method, folder):
@@ -76,7 +67,7 @@ def load_release(method, folder):
         def prior(self):    # best_shape.pth holds DINOv2 too
             return load_dinov2(self.options.dinov2, pretrained=False)
 
-    files = {file: read_tensors(f"{folder}/{file}") for file in OFFICIAL}
+    files = {file: read_tensors(f"{folder}/{file}") for file in FILES}
     try:
         classes = files["best_model.pth"]["BNNecks.fc_bin"].shape[2]
     except (KeyError, IndexError):
@@ -85,20 +76,18 @@ def load_release(method, folder):
     config = {"size": (256, 128), "frames": 6, "test_frames": 0, "frame_rule": "", "data": "",
               "reader": "", "workers": min(8, os.cpu_count() or 1), "test_batch": 32}
     model = Empty(method.Options(), classes, config["size"], pretrained=False)
-    own = model.state_dict()
-    names = {official_name(name): name for name in own}    # theirs: ours
+    shapes = {official_name(name): tensor.shape for name, tensor in model.state_dict().items()}
     held = {f"{file}: {name}": tensor for file, tensors in files.items()
             for name, tensor in tensors.items() if not any(part in name for part in UNUSED)}
-    wrong = [f"{name} is missing" for name in names if name not in held]
+    wrong = [f"{name} is missing" for name in shapes if name not in held]
     for name, tensor in held.items():
-        if name not in names:
+        if name not in shapes:
             wrong.append(f"{name} is surplus")
-        elif tensor.shape != own[names[name]].shape:
-            expected = tuple(own[names[name]].shape)
-            wrong.append(f"{name} is {tuple(tensor.shape)}, expected {expected}")
+        elif tensor.shape != shapes[name]:
+            wrong.append(f"{name} is {tuple(tensor.shape)}, expected {tuple(shapes[name])}")
     if wrong:
         raise UserError(f"{folder} does not fit this DinoGRL: {'; '.join(wrong)}")
-    model.load_state_dict({ours: held[theirs] for theirs, ours in names.items()})
+    model.load_state_dict({name: held[official_name(name)] for name in model.state_dict()})
     torch.backends.cudnn.allow_tf32 = False    # their embeddings to float32's last digits
     return model.eval(), config
 

@@ -3,7 +3,6 @@
 A field `epochs: int = option(80, "advice")` is the option --epochs; so is `epochs: int = 80`.
 """
 import argparse
-import difflib
 import importlib
 import os
 import sys
@@ -41,20 +40,11 @@ def on_off(word):
 
 
 class Parser(argparse.ArgumentParser):
-    """Its errors are UserErrors, and name the option that was probably meant."""
+    """Its errors are UserErrors."""
 
     def __init__(self, **settings):
         super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS,
                          usage="%(prog)s [options]", **settings)
-
-    def parse_args(self, words=None):
-        found, unknown = self.parse_known_args(words)
-        if unknown:
-            known = [name for name in self._option_string_actions if name.startswith("--")]
-            near = difflib.get_close_matches(unknown[0], known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "--help lists the options"
-            self.error(f"{unknown[0]} is not known; {hint}")
-        return found
 
     def error(self, message):
         raise UserError(message)
@@ -67,8 +57,8 @@ def add_options(parser, options_class, defaults=(), small=()):
         shown = as_typed(dict(defaults).get(f.name, f.default))
         if f.name in small:
             shown += f"; small: {as_typed(small[f.name])}"
-        how = {"type": type(f.default), "help": "", **f.metadata}
-        how["help"] = f"{how['help']} ({shown})".replace("%", "%%")
+        text = f"{f.metadata.get('help', '')} ({shown})".replace("%", "%%")
+        how = {"type": type(f.default), **f.metadata, "help": text}
         if isinstance(f.default, tuple):
             how |= {"type": type(f.default[0]), "nargs": "*"}
         if isinstance(f.default, bool):
@@ -111,11 +101,9 @@ def early(words, *names):
 
 def fill(options_class, values):
     """{name: value} -> the dataclass. Names that it does not have are left out."""
-    names = [f.name for f in fields(options_class) if f.name in values]
-    return options_class(**{name: values[name] for name in names})
+    return options_class(
+        **{f.name: values[f.name] for f in fields(options_class) if f.name in values})
 
-
-# --------------------------------------------------------- your own code ----
 
 def load_own(what, name):
     """FILE.py:NAME -> what that file of yours defines as NAME. The file is run and may import from
@@ -139,10 +127,10 @@ def load_method(name):
     if name in METHODS:
         name = f"{ROOT}/{METHODS[name]}"
     if ":" not in name:
-        known = ", ".join(METHODS)
-        raise UserError(f"--method {name} is not known; expected {known} or FILE.py:CLASS")
+        raise UserError(f"--method {name} is not known; expected {', '.join(METHODS)} or "
+                        "FILE.py:CLASS")
     method = load_own("--method", name)
-    if getattr(method, "Options", None) is None:
+    if not getattr(method, "Options", None):
         raise UserError(f"--method {name} has no Options; expected a subclass of DinoGRL, LSMRL or "
                         "Method")
     return method
@@ -153,10 +141,9 @@ def cli(main):
     try:
         sys.exit(main())
     except KeyboardInterrupt as stop:    # train.py says in it how to go on
-        print(str(stop) or "interrupted", file=sys.stderr)
-        sys.exit(130)
+        line, code = str(stop) or "interrupted", 130
     except UserError as error:
         # From a loader process it comes as a whole traceback, which ends with the line.
-        line = str(error).split("UserError: ")[-1].strip()
-        print(f"error: {line}", file=sys.stderr)
-        sys.exit(2)
+        line, code = "error: " + str(error).split("UserError: ")[-1].strip(), 2
+    print(line, file=sys.stderr)
+    sys.exit(code)

@@ -2,9 +2,6 @@
 
 Each process computes the losses of the whole batch, and the gradient of its own part. With one
 process, every function here does next to nothing.
-
-Quick question: why must batch norms of several processes be synchronised? (The statistics of 8
-tracklets differ from those of 32, and so does what is learned.)
 """
 import os
 import signal
@@ -60,19 +57,24 @@ def join(name):
         raise UserError(f"--device {name} cannot be used ({in_short(error, 80)}); expected cuda, "
                         "cuda:1, ... or cpu, and a GPU for each process") from None
     if is_torchrun and not dist.is_initialized():
+        backend = "gloo"
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            backend = "nccl"
+        dist.init_process_group(backend)
         patient = dist.new_group(backend="gloo", timeout=timedelta(hours=6))
     return device
 
 
 def precision_of(name, device):
     """auto, bfloat16, float16, float32 -> torch.dtype."""
-    if name == "auto" and device.type == "cuda":    # T4 and V100 have no bfloat16 in hardware
-        is_recent = torch.cuda.get_device_capability(device) >= (8, 0)
-        name = "bfloat16" if is_recent else "float16"
-    return torch.float32 if name == "auto" else getattr(torch, name)
+    if name == "auto":
+        name = "float32"
+        if device.type == "cuda":    # T4 and V100 have no bfloat16 in hardware
+            name = "float16"
+            if torch.cuda.get_device_capability(device) >= (8, 0):
+                name = "bfloat16"
+    return getattr(torch, name)
 
 
 def leave():
@@ -124,8 +126,6 @@ def averaged(sums, steps):
     return dict(zip(sums, values.tolist(), strict=True))
 
 
-# -------------------------------------------------- gradients of one batch ----
-
 class Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -174,8 +174,6 @@ def take_buffers_of_first(model):
     for buffer in model.buffers() if several() else []:
         dist.broadcast(buffer, 0)
 
-
-# ----------------------------------------------------------- random states ----
 
 def random_states(device):
     """{"cpu": (processes, bytes), "cuda": the same or None}."""

@@ -1,4 +1,4 @@
-"""Pictures: what a model sees (silhouettes, codes), what it finds (ranked lists), how it learned.
+"""Pictures: what a model sees (silhouettes, codes), what it finds, how it learned.
 
 Quick question: which tracklets should a sheet show? (Evenly spaced ones, chosen before any result
 is known. A sheet of the best ones would show what we hope for.)
@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 HEIGHT = 128    # of a frame, in pixels
-BLACK, GREY, GRID = "#000000", "#969696", "#dedede"
-GREEN, RED = "#00963c", "#d72d23"
+BLACK, GRID = "#000000", "#dedede"
 # One colour per curve. Colour-blind readers can tell them apart as well as twelve allow.
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9",
            "#787878", "#000000", "#8c564b", "#9467bd", "#bcbd22", "#17828c"]
@@ -49,19 +48,20 @@ def in_a_row(images, width):
     in a row, each of HEIGHT x width pixels."""
     images = images / 255 if images.dtype == torch.uint8 else images.float()
     if images.ndim == 3:
-        images = images[:, None].expand(-1, 3, -1, -1)
+        images = torch.stack([images] * 3, 1)
     images = F.interpolate(images, (HEIGHT, width), mode="bilinear", antialias=True)
     row = images.permute(2, 0, 3, 1).flatten(1, 2)    # (HEIGHT, T * width, 3)
     return Image.fromarray((255 * row).round().byte().cpu().numpy())
 
 
-def in_columns(titles, rows, label="", captions=()):
+def in_columns(titles, rows, label, captions):
     """A sheet with one column of T frames per tracklet -> PIL image.
 
     rows: {name: the n * T pictures of all tracklets, see in_a_row}, the first of frames. captions:
-    for each tracklet the words below its pictures; label: what these words are."""
-    n, (_, _, H, W) = len(titles), rows["frames"].shape
-    T, width = len(rows["frames"]) // n, HEIGHT * W // H
+    for each tracklet the words below its pictures, or empty; label: what these words are."""
+    n = len(titles)
+    N, _, H, W = rows["frames"].shape
+    T, width = N // n, HEIGHT * W // H
     across, down = T * width + 8, HEIGHT + 8
     bottom = 24 + len(rows) * down
     sheet = Sheet(130 + n * across, bottom + 16)
@@ -72,14 +72,13 @@ def in_columns(titles, rows, label="", captions=()):
         sheet.text(6, y + HEIGHT // 2 - 8, name)
         for c, own in enumerate(images.chunk(n)):
             sheet.image.paste(in_a_row(own, width), (130 + c * across, y))
-    sheet.text(6, bottom - 6, label)
+    if captions:
+        sheet.text(6, bottom - 6, label)
     for c, own in enumerate(captions):
         for k, words in enumerate(own):
             sheet.text(130 + c * across + k * width, bottom - 6, words, width)
     return sheet.image
 
-
-# ----------------------------------------------------------- silhouettes ----
 
 def principal_colours(codes):
     """Codes (N, 16, h, w) -> (N, 3, h, w) in 0..1, background black.
@@ -87,16 +86,16 @@ def principal_colours(codes):
     A code has 16 channels and a picture has three: red, green and blue show the three principal
     components of the pixels of all frames. So the same colour means the same code."""
     codes = codes.float().cpu().movedim(1, -1)    # (N, h, w, 16)
-    is_body = codes.abs().sum(-1) > 0
+    is_body = codes.any(-1)
     colours = codes.new_zeros(*is_body.shape, 3)
     pixels = codes[is_body]    # (M, 16)
     if len(pixels) > 3:
         pixels = pixels - pixels.mean(0)
-        axes = torch.linalg.eigh(pixels.t() @ pixels).eigenvectors[:, -3:].flip(1)
+        axes = torch.linalg.eigh(pixels.T @ pixels).eigenvectors[:, -3:].flip(1)
         # The sign of an eigenvector is arbitrary. Fix it, so that two runs can be compared.
         places = pixels @ (axes * axes.sum(0).sign())    # (M, 3)
         # The whole range would give a few extreme pixels most of the contrast.
-        low, high = places.quantile(torch.tensor([0.02, 0.98]), dim=0)
+        low, high = places.quantile(torch.tensor([0.02, 0.98]), 0)
         places = (places - low) / (high - low).clamp(min=1e-6)
         colours[is_body] = 0.15 + 0.85 * places.clamp(0, 1)
     return colours.movedim(-1, 1)
@@ -107,8 +106,8 @@ def iou(silhouettes, masks):
     union of the mask and what is at least 0.5 at its size."""
     enlarged = F.interpolate(silhouettes[:, None].cpu(), masks.shape[1:], mode="bilinear")
     found = enlarged[:, 0] >= 0.5
-    either = (found | masks).sum((1, 2))
-    return (found & masks).sum((1, 2)) / either.clamp(min=1)
+    both, either = found & masks, found | masks
+    return both.sum((1, 2)) / either.sum((1, 2)).clamp(1)
 
 
 def draw_silhouettes(titles, frames, codes, masks):
@@ -121,15 +120,13 @@ def draw_silhouettes(titles, frames, codes, masks):
             "silhouette": codes.silhouette,
             "denoising code": principal_colours(codes.denoising),
             "appearance code": principal_colours(codes.appearance)}
-    if masks is None:
-        return in_columns(titles, rows)
-    overlaps = iou(codes.silhouette, masks).view(len(titles), -1)
-    captions = [[f"{overlap:.2f}" for overlap in own] for own in overlaps]
-    rows["true mask"] = masks
+    captions = []
+    if masks is not None:
+        rows["true mask"] = masks
+        overlaps = iou(codes.silhouette, masks).chunk(len(titles))
+        captions = [[f"{overlap:.2f}" for overlap in own] for own in overlaps]
     return in_columns(titles, rows, "IoU", captions)
 
-
-# ------------------------------------------------------- what LSMRL reads ----
 
 def draw_reading(titles, frames, look, captions):
     """What LSMRL reads -> PIL image. A frame is bright where its token looks.
@@ -140,7 +137,7 @@ def draw_reading(titles, frames, look, captions):
     rows = {"frames": frames}
     if look is not None:
         look = look.flatten(0, 1)[:, None].float().cpu()
-        look = look / look.amax((2, 3), keepdim=True)
+        look = look / look.amax((2, 3), True)
         light = F.interpolate(look, frames.shape[-2:], mode="bilinear")
         rows["looks at"] = frames / 255 * (0.15 + 0.85 * light)
     return in_columns(titles, rows, "reads most of", captions)
@@ -149,46 +146,43 @@ def draw_reading(titles, frames, look, captions):
 # ---------------------------------------------------------- ranked lists ----
 
 BORDER = 4    # pixels
-BORDERS = {"query": BLACK,
-           True: GREEN,    # the query's person
-           False: RED,
-           None: GREY}     # unknown
+GREEN = "#00963c"    # the query's person
+RED = "#d72d23"      # somebody else
+GREY = "#969696"     # unknown
 
 
 class Found(NamedTuple):
-    """A tracklet in a ranked list. frames: uint8 (k, 3, H, W); right: "query", or whether it is the
-    query's person; None: unknown."""
+    """A tracklet in a ranked list. frames: what read_frame reads; three of them are shown. border:
+    its colour."""
     caption: str
-    frames: torch.Tensor
-    right: bool | str | None
-    distance: float
+    frames: tuple
+    border: str
+    distance: float = 0
 
 
-def draw_ranking(rows):
-    """Ranked lists -> PIL image, with a coloured border around the k frames of each tracklet.
+def draw_ranking(rows, size):
+    """Ranked lists -> PIL image, with a coloured border around three frames of each tracklet.
 
     rows: for each query a list of Found: the query itself, then the nearest first."""
-    k, _, H, W = rows[0][0].frames.shape
+    H, W = size
     width = HEIGHT * W // H
-    cell = k * width + 2 * BORDER
+    cell = 3 * width + 2 * BORDER
     across, down = cell + 10, HEIGHT + 58
     sheet = Sheet(10 + max(map(len, rows)) * across, 20 + len(rows) * down)
     for r, row in enumerate(rows):
         y = 26 + r * down
         below = y + HEIGHT + 2 * BORDER
-        sheet.text(10, y - 18, row[0].caption)
+        sheet.text(10, y - 18, f"query: {row[0].caption}")
         for place, found in enumerate(row):
             x = 10 + place * across
-            sheet.image.paste(BORDERS[found.right], (x, y, x + cell, below))
-            sheet.image.paste(in_a_row(found.frames, width), (x + BORDER, y + BORDER))
-            words = f"{place}.   {found.distance:.3f}" if place else "query"
-            sheet.text(x, below + 1, words)
+            frames = read_frames(evenly(found.frames, 3), size)
+            sheet.image.paste(found.border, (x, y, x + cell, below))
+            sheet.image.paste(in_a_row(frames, width), (x + BORDER, y + BORDER))
             if place:
+                sheet.text(x, below + 1, f"{place}.   {found.distance:.3f}")
                 sheet.text(x, below + 16, found.caption, cell)
     return sheet.image
 
-
-# ---------------------------------------------------------------- charts ----
 
 def round_numbers(low, high):
     """Round numbers from `low` or below to `high` or above, in steps of 1, 2, 5, 10, 20, ..."""
@@ -214,11 +208,11 @@ class Chart:
         sheet.text(left, 80, title)
         for number in x_ticks:
             x, _ = self.at(number, 0)
-            self.pen.line((x, top, x, bottom), fill=GRID, width=4)
+            self.pen.line((x, top, x, bottom), GRID, 4)
             sheet.text(x, bottom + 64, str(number), anchor="mm")
         for number in y_ticks:
             _, y = self.at(0, number)
-            self.pen.line((left, y, right, y), fill=GRID, width=4)
+            self.pen.line((left, y, right, y), GRID, 4)
             sheet.text(left - 32, y, y_label(number), left - 40, anchor="rm")
         self.pen.rectangle(self.box, outline=BLACK, width=4)
 
@@ -228,13 +222,11 @@ class Chart:
         return np.interp(x, self.x, (left, right)), np.interp(y, self.y, (bottom, top))
 
     def line(self, points, colour, width):
-        places = [self.at(*point) for point in points]
-        self.pen.line(places, fill=colour, width=width)
+        self.pen.line([self.at(*point) for point in points], colour, width)
 
     def dot(self, x, y, colour, radius=12):
         x, y = self.at(x, y)
-        edges = x - radius, y - radius, x + radius, y + radius
-        self.pen.ellipse(edges, fill=colour)
+        self.pen.ellipse((x - radius, y - radius, x + radius, y + radius), colour)
 
     def curve(self, points, words, width=8):
         """points: [(x, y), ...], with a dot on each, joined by a line of the next colour, and a
@@ -242,7 +234,7 @@ class Chart:
         colour = COLOURS[self.keys % len(COLOURS)]
         self.line(points, colour, width)
         for point in points:
-            self.dot(*point, colour, radius=4 + width)
+            self.dot(*point, colour, 4 + width)
         _, top, right, _ = self.box
         self.sheet.text(right + 56, top + 80 * self.keys, words, colour=colour)
         self.keys += 1
@@ -261,10 +253,10 @@ def draw_curves(log, title):
         for direction in line.get("rank-1", {}):
             whole_and_alone = {"": line} | line.get("streams", {})
             for stream, scores in whole_and_alone.items():
-                per_cent = 100 * scores["rank-1"][direction]
-                rank_1[direction, stream].append((epoch, per_cent))
+                point = epoch, 100 * scores["rank-1"][direction]
+                rank_1[direction, stream].append(point)
 
-    sheet = Sheet(4960, 1680, font_size=52)
+    sheet = Sheet(4960, 1680, 52)
     epochs = round_numbers(log[0]["epoch"], log[-1]["epoch"])
     exponents = [exponent for points in losses.values() for _, exponent in points] or [0]
     decades = round_numbers(min(exponents), max(exponents))
@@ -275,17 +267,15 @@ def draw_curves(log, title):
     chart = Chart(sheet, 3104, 4120, "test: Rank-1 (%) by epoch", epochs, range(0, 101, 20))
     for (direction, stream), points in rank_1.items():
         name = f"    {stream} alone" if stream else direction
-        chart.curve(points, f"{name}  {points[-1][1]:.3g}", width=4 if stream else 8)
+        chart.curve(points, f"{name}  {points[-1][1]:.3g}", 4 if stream else 8)
     return sheet.image.reduce(2)
 
-
-# ----------------------------------------------- a dataset, seen by a model ----
 
 def ious(silhouettes, frames_of, root):
     """The overlap in each frame of 32 tracklets; none without root/masks. silhouettes: N of (T, h,
     w); frames_of: the Frames that they were found in."""
-    found, n = [], len(silhouettes)
-    for i in evenly(range(n), min(32, n)):
+    found = []
+    for i in np.unique(evenly(range(len(silhouettes)), 32)):
         masks = true_masks(root, frames_of.paths(i), frames_of.size)
         if masks is not None:
             found += iou(silhouettes[i], masks).tolist()
@@ -296,25 +286,21 @@ def name_of(tracklet):
     return f"{tracklet.modality} {tracklet.camera or ''} person {tracklet.pid}"
 
 
-def found_of(caption, paths, size, right, distance=0):
-    """A Found from the paths of its frames: three of them are shown."""
-    return Found(caption, read_frames(evenly(paths, 3), size), right, distance)
-
-
 def write_ranking(folder, dataset, found, size):
     """ranking.png: the nearest of four queries of each direction. found: of evaluate."""
     rows = []
     for direction, (distance, match, valid) in found.items():
         query, gallery = dataset.directions[direction]
-        for q in evenly(range(len(query)), min(4, len(query))):
+        for q in np.unique(evenly(range(len(query)), 4)):
             t = dataset.test[query[q]]
-            row = [found_of(name_of(t), t.frames, size, "query")]
-            order = np.where(valid[q], distance[q], np.inf).argsort()
-            for g in order[:valid[q].sum()][:8]:
-                t, right = dataset.test[gallery[g]], bool(match[q, g])
-                row.append(found_of(name_of(t), t.frames, size, right, distance[q, g]))
+            row = [Found(name_of(t), t.frames, BLACK)]
+            counts = np.flatnonzero(valid[q])
+            for g in counts[distance[q, counts].argsort()][:8]:
+                t = dataset.test[gallery[g]]
+                border = GREEN if match[q, g] else RED
+                row.append(Found(name_of(t), t.frames, border, distance[q, g]))
             rows.append(row)
-    write_picture(f"{folder}/ranking.png", draw_ranking(rows))
+    write_picture(f"{folder}/ranking.png", draw_ranking(rows, size))
 
 
 def write_sheets(folder, model, dataset, size, log, head):
@@ -334,17 +320,17 @@ def write_sheets(folder, model, dataset, size, log, head):
 
 
 @torch.inference_mode()
-def draw_seen(model, dataset, shown, size, is_home, T=4):
-    """Tracklets as SASGL sees them or LSMRL reads them -> PIL image, or None for other methods.
+def draw_seen(model, dataset, shown, size, is_home):
+    """Four frames of each tracklet as SASGL sees or LSMRL reads them -> PIL image, or None.
     is_home: the training identities are those of the dataset."""
     titles = list(map(name_of, shown))
-    paths = [path for t in shown for path in evenly(t.frames, T)]
+    paths = [path for t in shown for path in evenly(t.frames, 4)]
     frames = read_frames(paths, size)
     seen = normalise(frames.to(model.device))
     if model.eval().sasgl is not None:
         codes, _ = model.sasgl.encode(seen)
         return draw_silhouettes(titles, frames, codes, true_masks(dataset.root, paths, size))
-    reading = model.reading(seen.unflatten(0, (len(shown), T)))
+    reading = model.reading(seen.unflatten(0, (-1, 4)))
     if reading is None:
         return None
     look, reads = reading
@@ -352,6 +338,7 @@ def draw_seen(model, dataset, shown, size, is_home, T=4):
     if reads is not None:
         n = reads.shape[1]    # other walkers can be fewer
         names = dataset.classes if is_home and len(dataset.classes) == n else range(n)
-        most = [zip(*own.topk(min(T, len(own))), strict=True) for own in reads]
-        captions = [[f"{share:.1%} {names[i]}" for share, i in own] for own in most]
+        for own in reads:
+            most = zip(*own.topk(min(4, n)), strict=True)
+            captions.append([f"{share:.1%} {names[i]}" for share, i in most])
     return draw_reading(titles, frames, look, captions)

@@ -13,9 +13,9 @@ the outputs of a large one, the teacher. Both see the frames (N,3,128,64), enlar
                       -> layer norm -> 48 principal components ----------------------------+
     half of them spoiled -> student, 4 blocks of 32 -> a linear map for each of 4 levels --+-> loss
 
-The 48 directions in which the teacher's tokens vary most hold 77 to 96 % of their variance. Spoiled
-frames have another brightness, contrast or blur, noise, a single channel, or inverted values. The
-target stays that of the clean frame, so the features become similar by day and by night.
+The 48 directions hold 77 to 96 % of the variance of the teacher's tokens. Spoiled frames have other
+brightness, contrast, blur, noise or channels; the target stays that of the clean frame, so features
+become similar by day and by night.
 
 **clip: contrastive language-image training** (Radford et al., 2021). Each picture has a sentence,
 and the network learns which belongs to which. In a step with P people:
@@ -25,16 +25,13 @@ and the network learns which belongs to which. In a step with P people:
 
 The cosine on the diagonal must be the largest of its row and of its column. As with the real CLIP,
 all pictures are daytime photographs: only spoiled frames prepare it for the night.
-
-Quick question: why not use the teacher itself in the demo? (It takes a hundred times as long. The
-whole student costs less than the teacher's first layer.)
 """
 import os
 
 from support import clip, footage
 from support.dinov2 import DINOV2, TINY, DinoVisionTransformer, levels_of, load_dinov2
 from support.files import UserError, read_json, write_atomic
-from support.footage import find_footage, read_frame
+from support.footage import find_footage, read_frame, read_frames
 from support.options import Parser, cli, progress
 
 import torch
@@ -58,16 +55,15 @@ def evenly(path, number):
 
 
 def cropped(frames, generator):
-    """uint8 frames (3, H, W) -> a random piece of each, resized, (N, 3, H, W) in 0..1: a detector's
-    boxes vary."""
-    pieces = []
+    """uint8 frames (3, H, W) of size FRAME -> a random piece of each, resized, (N, 3, H, W) in
+    0..1: a detector's boxes vary."""
+    pieces, (H, W) = [], FRAME
     for frame in frames:
-        _, H, W = frame.shape
         down, across, tall, wide = torch.rand(4, generator=generator).tolist()
         rows, columns = round(H * (0.85 + 0.15 * tall)), round(W * (0.85 + 0.15 * wide))
         top, left = round(down * (H - rows)), round(across * (W - columns))
         piece = frame[None, :, top:top + rows, left:left + columns] / 255
-        pieces.append(F.interpolate(piece, (H, W), mode="bilinear", align_corners=False))
+        pieces.append(F.interpolate(piece, FRAME, mode="bilinear"))
     return torch.cat(pieces)
 
 
@@ -82,13 +78,12 @@ def spoiled(frames, generator):
         return torch.where(drawn(0, 1) < share, changed, frames)
 
     channel = torch.randint(3, (N,), generator=generator)
-    single = frames[torch.arange(N), channel][:, None]
-    frames = for_a_share(0.4, single)
+    frames = for_a_share(0.4, frames[torch.arange(N), channel][:, None])
     frames = for_a_share(0.1, 1 - frames)
     frames = (frames - 0.5) * drawn(0.7, 1.3) + 0.5 + drawn(-0.1, 0.1)
     frames = for_a_share(0.3, F.avg_pool2d(frames, 3, 1, 1, count_include_pad=False))
-    noise = torch.randn(frames.shape, generator=generator)
-    return (frames + drawn(0, 0.03) * noise).clamp(0, 1)
+    noise = torch.randn(frames.shape, generator=generator) * drawn(0, 0.03)
+    return (frames + noise).clamp(0, 1)
 
 
 def fit(optimizer, schedule, steps, loss_of_step):
@@ -109,10 +104,10 @@ def fit(optimizer, schedule, steps, loss_of_step):
 def levels(dinov2, frames, size):
     """Frames (N, 3, H, W) in 0..1, enlarged to size -> the tokens that SASGL reads, (4, N, L, D):
     after 1/4, 2/4, 3/4 and all of the blocks, each layer-normalised."""
-    enlarged = F.interpolate((frames - MEAN) / STD, size, mode="bilinear", align_corners=False)
-    layers = dinov2.get_intermediate_layers(enlarged, n=levels_of(dinov2), norm=False)
-    normalised = [F.layer_norm(tokens, tokens.shape[2:]) for tokens in layers[:-1]]
-    return torch.stack([*normalised, dinov2.norm(layers[-1])])
+    enlarged = F.interpolate((frames - MEAN) / STD, size, mode="bilinear")
+    *layers, last = dinov2.get_intermediate_layers(enlarged, levels_of(dinov2), norm=False)
+    layers = [F.layer_norm(tokens, tokens.shape[2:]) for tokens in layers]
+    return torch.stack([*layers, dinov2.norm(last)])
 
 
 @torch.no_grad()
@@ -120,30 +115,15 @@ def targets_of(teacher, frames, size):
     """-> the student's targets (4, N, L, COMPONENTS), the teacher's tokens along the axes in which
     they vary most, in half precision; and the variance along these (4,)."""
     # A sixteenth of the frames is enough for the axes.
-    sample = torch.cat([levels(teacher, some, size) for some in frames[::16].split(16)], dim=1)
+    sample = torch.cat([levels(teacher, some, size) for some in frames[::16].split(16)], 1)
     sample = sample.flatten(1, 2)    # (4, M, D)
     mean = sample.mean(1, keepdim=True)
-    sample = sample - mean
+    sample -= mean
     values, axes = torch.linalg.eigh(sample.mT @ sample / sample.shape[1])    # ascending
     axes = axes[:, None, :, -COMPONENTS:]
     targets = [((levels(teacher, batch, size) - mean[:, None]) @ axes).half()
                for batch in progress(frames.split(16), "teacher")]
-    return torch.cat(targets, dim=1), values[:, -COMPONENTS:].sum(1)
-
-
-class Student(nn.Module):
-    """The tiny ViT, and for each level a linear map to the teacher's components."""
-
-    def __init__(self, size):
-        super().__init__()
-        self.size = size
-        self.vit = DinoVisionTransformer(*DINOV2[TINY])
-        self.maps = nn.ModuleList(nn.Linear(self.vit.embed_dim, COMPONENTS) for _ in range(4))
-
-    def forward(self, frames):
-        """Frames (N, 3, H, W) in 0..1 -> (4, N, L, COMPONENTS)."""
-        tokens = levels(self.vit, frames, self.size)
-        return torch.stack([linear(t) for linear, t in zip(self.maps, tokens, strict=True)])
+    return torch.cat(targets, 1), values[:, -COMPONENTS:].sum(1)
 
 
 def unexplained(output, target, variance):
@@ -160,7 +140,14 @@ def make_dinov2(args, generator):
     frames = cropped((read_frame(path, FRAME) for path in paths), generator)
     frames = frames[torch.randperm(len(frames), generator=generator)]
     target, variance = targets_of(teacher, frames, args.dino_size)
-    student = Student(args.dino_size)
+    # The student: the tiny ViT, and for each level a linear map to the teacher's components.
+    vit = DinoVisionTransformer(*DINOV2[TINY])
+    maps = nn.ModuleList(nn.Linear(vit.embed_dim, COMPONENTS) for _ in range(4))
+
+    def student(frames):
+        """Frames (N, 3, H, W) in 0..1 -> (4, N, L, COMPONENTS)."""
+        tokens = levels(vit, frames, args.dino_size)
+        return torch.stack([linear(t) for linear, t in zip(maps, tokens, strict=True)])
 
     def loss_of_step():
         # A spoiled frame's target stays that of the clean one.
@@ -169,14 +156,12 @@ def make_dinov2(args, generator):
         views = torch.where(is_spoiled, spoiled(frames[index], generator), frames[index])
         return unexplained(student(views), target[:, index], variance).mean()
 
-    optimizer = optim.AdamW(student.parameters(), lr=3e-3, weight_decay=0.01)
-    schedule = optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    fit(optimizer, schedule, steps, loss_of_step)
+    optimizer = optim.AdamW([*vit.parameters(), *maps.parameters()], 3e-3)
+    fit(optimizer, optim.lr_scheduler.CosineAnnealingLR(optimizer, steps), steps, loss_of_step)
     with torch.no_grad():
-        output = student(frames[:held_out])
-        shares = 1 - unexplained(output, target[:, :held_out], variance)
+        shares = 1 - unexplained(student(frames[:held_out]), target[:, :held_out], variance)
     words = " ".join(f"{share:.2f}" for share in shares)
-    return student.vit.state_dict(), f"variance explained on other frames, by level: {words}"
+    return vit.state_dict(), f"variance explained on other frames, by level: {words}"
 
 
 # ----------------------------------------------------- language and image ----
@@ -184,13 +169,12 @@ def make_dinov2(args, generator):
 def load_people(path):
     """A folder of walkers -> frames of N people by day and by night, uint8 (N, 2, EACH, 3, H, W),
     their sentences' words (N, L), and the index of the end token (N,). Raises UserError."""
-    sentences = read_json(os.path.join(path, "sentences.json"))
+    sentences = read_json(f"{path}/sentences.json")
     pids = sorted(os.listdir(f"{path}/Train"))
-    words, end = clip.tokenized([sentences[str(int(pid))] for pid in pids])
     paths = [frame for pid in pids for modality in ("rgb", "ir")
              for frame in evenly(f"{path}/Train/{pid}/{modality}", EACH)]
-    frames = torch.stack([read_frame(frame, FRAME) for frame in progress(paths, "reading")])
-    return frames.view(-1, 2, EACH, 3, *FRAME), words, end
+    frames = read_frames(progress(paths, "reading"), FRAME).view(-1, 2, EACH, 3, *FRAME)
+    return frames, *clip.tokenized([sentences[str(int(pid))] for pid in pids])
 
 
 def image_features(model, frames):
@@ -224,11 +208,11 @@ def make_clip(args, generator):
         frames = cropped(people[chosen, 0, which], generator)
         mirrored = torch.rand(len(frames), 1, 1, 1, generator=generator) < 0.5
         frames = spoiled(torch.where(mirrored, frames.flip(3), frames), generator)
-        image = image_features(model, frames)
-        text = text_features(model, words[chosen], end[chosen])
-        return contrastive_loss(image, text, model.logit_scale.exp().clamp(max=100))
+        return contrastive_loss(
+            image_features(model, frames), text_features(model, words[chosen], end[chosen]),
+            model.logit_scale.exp().clamp(max=100))
 
-    optimizer = optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05)
+    optimizer = optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
     # The learning rate rises for a tenth of the steps, then falls along a cosine.
     schedule = optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.1)
     fit(optimizer, schedule, steps, loss_of_step)

@@ -1,8 +1,4 @@
-"""Weights: tensors read without running anything, loaded strictly, downloaded once; checkpoints.
-
-Quick question: why strictly, when torch can leave out what does not fit? (What is left out stays
-random. The network runs, the loss falls, the results are a little worse: nobody notices.)
-"""
+"""Weights: tensors read without running anything, loaded strictly, downloaded once; checkpoints."""
 import hashlib
 import os
 import warnings
@@ -49,13 +45,10 @@ def download(what, ways_out, fetch, *words, **settings):
                         f"{ways_out}") from error
 
 
-# ----------------------------------------------------------- checkpoints ----
-
 def without_frozen(model):
     """The tensors of a checkpoint: all but those of the frozen networks."""
-    prefixes = tuple(f"{name}." for name in model.frozen)
     return {name: tensor for name, tensor in model.state_dict().items()
-            if not name.startswith(prefixes)}
+            if not name.startswith(tuple(f"{part}." for part in model.frozen))}
 
 
 def digest(module):
@@ -76,8 +69,9 @@ def read_checkpoint(path):
     if os.path.isdir(path):
         path = f"{path}/last.pt"
     checkpoint = read_tensors(path)
-    keys = {"model", "frozen", "config", "options", "classes", "method", "epoch", "dataset"}
-    missing = ", ".join(sorted(keys - checkpoint.keys()))
+    missing = ", ".join(sorted({
+        "model", "frozen", "config", "options", "classes", "method", "epoch", "dataset"
+    } - checkpoint.keys()))
     if missing:
         raise UserError(f"{path} has no {missing}; expected a checkpoint of this version of "
                         "train.py: train again, or check out the version that wrote it")
@@ -101,11 +95,9 @@ def rebuild(method, options, size, checkpoint, path):
 def method_of(checkpoint, given):
     """The name of the method to load. Your own code is run only if --method names it, never because
     a checkpoint does. Raises UserError."""
-    if checkpoint is None:
+    if not checkpoint:
         return given
     stored = checkpoint["method"]
-    if given and given.rpartition(":")[2] != stored.rpartition(":")[2]:    # its file may have moved
-        raise UserError(f"--method {given}, but it is a run of {stored}; drop it, or name that one")
     if ":" in stored and not given:
         raise UserError(f"a run of the method {stored}, which is your own code; expected --method "
                         "FILE.py:CLASS")
@@ -141,8 +133,6 @@ def restore(checkpoint, run, config, dataset, optimizer, scaler, device):
     return read_log(run, checkpoint["epoch"])
 
 
-# ------------------------------------------------- a run, to be evaluated ----
-
 def add_run_options(parser):
     """--checkpoint, and options that replace the run's own."""
     parser.add_argument("--checkpoint", metavar="RUN", help="a run's folder, its last.pt, or the "
@@ -153,10 +143,10 @@ def add_run_options(parser):
         group.add_argument(f"--{name}")
     for name in "frames", "test-frames", "workers", "test-batch":
         group.add_argument(f"--{name}", type=int)
-    first = early(None, "checkpoint", "method")
-    if first["checkpoint"] and not is_release(first["checkpoint"]):
-        checkpoint = read_checkpoint(first["checkpoint"])
-        method = load_method(method_of(checkpoint, first["method"]))
+    path, method = early(None, "checkpoint", "method").values()
+    if path and not is_release(path):
+        checkpoint = read_checkpoint(path)
+        method = load_method(method_of(checkpoint, method))
         add_options(group, method.Options, checkpoint["options"])
 
 
@@ -183,8 +173,8 @@ def load_run(path, given=None):
         options = fill(method.Options, checkpoint["options"] | given)
         model = rebuild(method, options, config["size"], checkpoint, path)
     config = {name: given.get(name, value) for name, value in config.items()}
-    device = join(given.get("device", ""))
-    return model.eval().to(device), SimpleNamespace(**config), checkpoint
+    model.eval().to(join(given.get("device", "")))
+    return model, SimpleNamespace(**config), checkpoint
 
 
 def check_reader(config, given):

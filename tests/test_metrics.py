@@ -188,7 +188,7 @@ def small(tmp_path_factory):
 @pytest.mark.parametrize("method", [Averages, Apart])
 def test_one_embedding_of_each_tracklet_serves_both_directions_and_each_stream(method, small):
     model = method()
-    results, _, _ = evaluate(model, small, CONFIG)
+    results, _ = evaluate(model, small, CONFIG)
     assert model.seen == [int(t.modality == "infrared") for t in small.test]
     paths = [path for t in small.test for path in (t.frames[0], t.frames[6])]
     frames = normalise(torch.stack([read_frame(path, (32, 16)) for path in paths]))

@@ -110,14 +110,6 @@ def test_a_subclass_changes_exactly_the_loss_that_it_replaces():
     assert changed == {"triplet_gait", "triplet_appearance"}
 
 
-def test_losses_are_weighted_by_the_options():
-    model = small_model(gait=False, identity_weight=0.5, triplet_weight=3.0, margin=0.7)
-    parts, logits = torch.randn(4, 7, 16), torch.rand(4, 7, 5)
-    losses = model.losses_of(parts, logits, LABEL, MODALITY)
-    assert losses["identity"] == 0.5 * identity_loss(logits, LABEL)
-    assert losses["triplet"] == 3 * triplet_loss(parts, LABEL, margin=0.7)
-
-
 class ThreeStreams(DinoGRL):
     def __init__(self, options, classes, size, pretrained=True):
         super().__init__(options, classes, size, pretrained)

@@ -18,15 +18,20 @@ def plain(level):
 
 def test_a_ranked_list_shows_who_is_right():
     """Borders by colour, the frames inside."""
-    cells = [pictures.Found("words", plain(level), right, 0.5)
-             for level, right in ((90, "query"), (10, True), (20, False), (30, None))]
-    image = pictures.draw_ranking([cells, cells[:2]])
-    assert image.size == (594, 392)
-    line = np.asarray(image)[94]    # through the middle of the first row
-    borders = [tuple(line[x]) for x in (10, 156, 302, 448)]
     colours = pictures.BLACK, pictures.GREEN, pictures.RED, pictures.GREY
+    levels = 90, 10, 20, 30
+    cells = []
+    for level, colour in zip(levels, colours, strict=True):
+        frame = np.full((16, 8), level, np.uint8)
+        cells.append(pictures.Found("words", [frame] * 5, colour, 0.5))
+
+    image = pictures.draw_ranking([cells, cells[:2]], (16, 8))
+    assert image.size == (850, 392)
+    line = np.asarray(image)[94]    # through the middle of the first row
+    borders = [tuple(line[x]) for x in (10, 220, 430, 640)]
     assert borders == list(map(ImageColor.getrgb, colours))
-    assert line[[14, 160, 306, 452], 0].tolist() == [90, 10, 20, 30]
+    inside = line[[14, 224, 434, 644], 0]
+    assert tuple(inside) == levels
 
 
 def test_a_sheet_of_silhouettes():

@@ -2,7 +2,7 @@
 from collections import Counter
 from itertools import product
 
-from data import IdentitySampler, Tracklet, augment, chunks, consecutive, erased_box, linspace
+from data import IdentitySampler, Tracklet, augment, chunks, erased_box, linspace
 from support.files import UserError
 from support.footage import normalise
 
@@ -13,23 +13,19 @@ import torch.nn.functional as F
 
 
 def test_frame_rules_by_hand():
-    """The first frame of each chunk of ceil(n / T), frames at equal distances, those in the middle.
-    Of fewer than T frames some come again."""
+    """The first frame of each chunk of ceil(n / T); frames at equal distances. Of fewer than T
+    frames some come again."""
     assert chunks(13, 6).tolist() == [0, 3, 6, 9, 12, 12]
     assert chunks(3, 6).tolist() == [0, 1, 2, 2, 2, 2]
     assert linspace(13, 6).tolist() == [0, 2, 4, 6, 8, 10]
-    assert consecutive(10, 4).tolist() == [3, 4, 5, 6]
-    assert consecutive(3, 4).tolist() == [0, 1, 2, 2]
 
 
 def test_frame_rules_in_training():
-    """Any frame of each chunk, in order; or successive frames from anywhere."""
+    """Any frame of each chunk, in order."""
     rng = np.random.default_rng(0)
     for rule in chunks, linspace:
         drawn = {tuple(rule(7, 3, rng)) for _ in range(200)}
         assert drawn == set(product((0, 1, 2), (3, 4, 5), (6,)))
-    drawn = {tuple(consecutive(4, 3, rng)) for _ in range(100)}
-    assert drawn == {(0, 1, 2), (1, 2, 3)}
 
 
 # ---------------------------------------------------------------- sampler ----

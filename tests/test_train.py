@@ -160,9 +160,9 @@ def test_walkers_get_the_small_preset_and_other_data_the_paper_s(walkers, tmp_pa
 
 
 @pytest.mark.parametrize("given, words", [
-    ("--epohcs 3", ["--epohcs", "did you mean --epochs?"]),
-    ("--zzz 3", ["--zzz", "--help"]),
-    ("--dinov2-weight x", ["did you mean --dinov2-weights?"]),
+    ("--epohcs 3", ["--epohcs"]),
+    ("--zzz 3", ["--zzz"]),
+    ("--dinov2-weight x", ["--dinov2-weight"]),
     ("--method magic", ["magic", "dinogrl", "lsmrl"]),
     ("--method nowhere.py:Mine", ["nowhere.py:Mine"]),
     ("--optimizer SGD", ["SGD", "AdamW"]),
