@@ -430,7 +430,7 @@ class LSMRL(Method):
 
 
 def main():
-    """The small preset on a few walkers: its losses, and who is nearest to whom."""
+    """The losses of the small preset on a few walkers."""
     from support.options import fill
     from walkers import sample
 
@@ -440,8 +440,6 @@ def main():
     losses, _ = model(normalise(frames), modality, label)
     for name, loss in losses.items():
         print(f"{name:20} {loss.item():8.4f}")
-    embedding = model.eval().embed(normalise(frames), modality)[:, 0]    # (8, 128)
-    print("nearest by day to each by night:", torch.cdist(embedding[4:], embedding[:4]).argmin(1))
 
 
 if __name__ == "__main__":

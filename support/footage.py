@@ -1,9 +1,4 @@
-"""Frames from image files: one picture, and folders of frames.
-
-    frame.png, or walk.gif#3 -> read_frame -> uint8 (3, H, W)
-    DIR/camera 1/007/1.png ... 24.png, DIR/camera 2/walk.gif
-        -> find_footage -> {"camera 1/007": 24 paths, "camera 2/walk.gif": ...}
-"""
+"""Frames from image files: one picture, and folders of frames."""
 import functools
 import os
 import re

@@ -1,7 +1,4 @@
 """The authors' files: three of DinoGRL, one of BigGait (docs/weights.md says where they are).
-
-    load_release(DinoGRL, folder)         best_model.pth, best_model2.pth, best_shape.pth -> DinoGRL
-    load_mask_branch(mask_branch, path)   MaskBranch_vits14.pt -> SASGL's mask branch
 """
 import os
 

@@ -1,7 +1,6 @@
 """The device, and several processes as torchrun starts them: one on each GPU, one batch in all.
 
-Each process computes the losses of the whole batch, and the gradient of its own part. With one
-process, every function here does next to nothing.
+Each process computes the losses of the whole batch, and the gradient of its own part.
 """
 import os
 import signal

@@ -2,6 +2,8 @@
 
 Quick question: which tracklets should a sheet show? (Evenly spaced ones, chosen before any result
 is known. A sheet of the best ones would show what we hope for.)
+
+Each draw_ function takes tensors and returns a PIL image.
 """
 import math
 from collections import defaultdict

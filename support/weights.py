@@ -98,9 +98,10 @@ def method_of(checkpoint, given):
     if not checkpoint:
         return given
     stored = checkpoint["method"]
-    if ":" in stored and not given:
-        raise UserError(f"a run of the method {stored}, which is your own code; expected --method "
-                        "FILE.py:CLASS")
+    is_same = given.rpartition(":")[2] == stored.rpartition(":")[2]    # its file may have moved
+    if (given or ":" in stored) and not is_same:
+        raise UserError(f"--method {given or 'is not given'}; it is a run of {stored}: expected "
+                        "that method, FILE.py:CLASS if it is your own code")
     return given or stored
 
 

@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-from data import DIRECTIONS, FRAME_RULES, Frames, Tracklet, load_dataset
+from data import DIRECTIONS, Frames, Tracklet, load_dataset
 from layouts import bupt_rows, hitsz_rows, own, tracks, write_bupt, write_hitsz, write_own
 from scripts import run, succeeds
 from support.check import main_of
@@ -26,7 +26,7 @@ def look(monkeypatch, capsys):
     """`python data.py WORDS` in this process: -> its exit code and what it prints."""
     def looked(*words):
         monkeypatch.setattr(sys, "argv", ["data.py", *map(str, words)])
-        return main_of(load_dataset, FRAME_RULES, None), capsys.readouterr().out
+        return main_of(load_dataset, None), capsys.readouterr().out
     return looked
 
 
