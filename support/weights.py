@@ -173,6 +173,8 @@ def load_run(path, given=None):
         config = checkpoint["config"]
         options = fill(method.Options, checkpoint["options"] | given)
         model = rebuild(method, options, config["size"], checkpoint, path)
+    if "frames" in given:    # counts here, unless test_frames is given too
+        config["test_frames"] = 0
     config = {name: given.get(name, value) for name, value in config.items()}
     model.eval().to(join(given.get("device", "")))
     return model, SimpleNamespace(**config), checkpoint
