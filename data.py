@@ -86,7 +86,7 @@ def hitsz_tracks(root, info, split):
     """SPLIT_name.txt and track_SPLIT_info.txt, in the folder `info` -> a Tracklet for each row.
     0001M2D3T1F1.jpg is the file Train/0001/rgb/D3/1.jpg: a track has no folder."""
     folders = [os.path.join(root, *[split.capitalize()] * depth) for depth in (2, 1, 0)]
-    folder = next(filter(os.path.isdir, folders))
+    folder = next(filter(os.path.isdir, folders))    # Train/Train, Train, or root itself
 
     def frame_of(line):
         pid, m, camera, file = HITSZ_NAME.fullmatch(line.strip()).groups()
@@ -95,7 +95,7 @@ def hitsz_tracks(root, info, split):
     def track_of(line):
         m, start, end, pid, camera = integers(line)
         if not 1 <= start <= end <= len(frames):
-            raise ValueError
+            raise ValueError    # parsed makes a UserError of any failure
         return Tracklet(tuple(frames[start - 1:end]), pid, f"D{camera}", HITSZ_MODALITY[m])
 
     frames = parsed(os.path.join(info, f"{split}_name.txt"), frame_of,
@@ -147,7 +147,8 @@ def read_bupt(root, auxiliary=False):
 
 
 def read_own(root):
-    """Your own folders: root/{train,query,gallery}/PID/MODALITY/[CAMERA/]TRACK/*.jpg."""
+    """Your own folders: root/{train,query,gallery}/PID/MODALITY/[CAMERA/]TRACK/*.jpg. find_footage
+    gives {folder of a track, relative to its split: frames}."""
     def tracks(split):
         folder = os.path.join(root, split)
         for name, frames in (find_footage(folder) if os.path.isdir(folder) else {}).items():
@@ -268,7 +269,7 @@ class IdentitySampler:
             yield keys[VISIBLE] + keys[INFRARED]
 
     def draw(self, indices, rng):
-        """K of an identity's tracklets; if there are fewer, all of them and some again."""
+        """K of an identity's tracklets (at least one: see check); of fewer, some again."""
         if len(indices) >= self.K:
             return rng.choice(indices, self.K, replace=False)
         return np.append(rng.permutation(indices), rng.choice(indices, self.K - len(indices)))
@@ -304,7 +305,7 @@ def augment(frames, modality, rng, erase=0.5):
 
         padded = F.pad(frames[b, :, used], [pad] * 4)    # black, before normalisation
         tracklet = padded[..., top:top + H, left:left + W]
-        tracklet = normalise(tracklet.flip(-1) if is_flipped else tracklet, used)
+        tracklet = normalise(tracklet.flip(-1) if is_flipped else tracklet, used)    # its channels
         if box:
             y, x, h, w = box
             tracklet[..., y:y + h, x:x + w] = fill[used]

@@ -77,7 +77,7 @@ def embed_tracklets(model, tracklets, config, rule="chunks", all_frames=False, s
         frames = normalise(frames.to(model.device, non_blocking=True))
         embedding = model.embed(frames, modality)
         batches.append(per_stream(lambda x: x.float().cpu(), embedding))
-        if seen is not None and model.sasgl is not None:
+        if seen is not None and model.sasgl is not None:    # seen there: this batch's Codes
             seen.append(model.sasgl.seen.silhouette.cpu())
 
     def mean_over_clips(*batches):
@@ -206,13 +206,14 @@ def embed_test(model, dataset, config, all_frames):
     parallel.take_buffers_of_first(model)    # all use the batch norms of process 0
     rule = config.frame_rule or dataset.frame_rule
     share = np.array_split(np.arange(len(dataset.test)), world)[rank]
-    mine = [dataset.test[i] for i in share] or dataset.test[:1]
+    mine = [dataset.test[i] for i in share] or dataset.test[:1]    # one for its shape, cut below
     seen, ious = [], []
 
     embeddings = embed_tracklets(model, mine, config, rule, all_frames, seen)
     if seen and not all_frames:
         T = config.test_frames or config.frames
         frames_of = Frames(mine, size=config.size, T=T, rule=rule)
+        # Empty without true masks, which walkers have.
         ious = pictures.ious(torch.cat(seen).split(T), frames_of, dataset.root)
 
     # All shares, in order, in process 0.
@@ -251,7 +252,7 @@ def table(results):
     stream alone. Ranks beyond a gallery have no column."""
     whole, streams = results["directions"], results["streams"]
     first, second = whole.values()
-    names = [name for name in first if name in second]    # the last two are numbers
+    names = [name for name in first if name in second]    # last: queries, gallery, numbers
     lines = [" " * 20 + "".join(f"{name:>9}" for name in names)]
 
     def row(title, r):
@@ -298,8 +299,8 @@ def main():
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", metavar="DIR", help="write results.json and pictures there")
     parser.add_argument("--rerank", action="store_true", help="k-reciprocal re-ranking")
-    add_run_options(parser)
-    given = typed(parser)
+    add_run_options(parser)    # --checkpoint, --data, --all-frames, ...
+    given = typed(parser)    # only what was typed
     model, config, trained = load_run(given.get("checkpoint", ""), given)
     check_reader(config, given)
     dataset = load_dataset(config.data or os.path.join("runs", "walkers"), config.reader)

@@ -79,6 +79,7 @@ def attend_grouped(attention, x, groups):
     patches = patches.unflatten(2, (groups, -1))    # (B, T, G, n, D): a stripe's rows lie together
     patches = patches.transpose(1, 2).reshape(B * groups, -1, D)    # (B*G, T*n, D)
     every_cls = cls.repeat_interleave(groups, dim=0)    # (B*G, T, D)
+    # attention(who asks, who is asked)
     patches = attention(patches, torch.cat([every_cls, patches], dim=1))
     patches = patches.view(B, groups, T, -1, D).transpose(1, 2).flatten(2, 3)    # (B, T, N, D)
     cls = attention(cls, x.flatten(1, 2))[:, :, None]    # (B, T, 1, D)
@@ -287,7 +288,7 @@ class LSMRL(Method):
     def __init__(self, options, classes, size, pretrained=True):
         super().__init__()
         self.options = o = options
-        self.clip = load_clip(o.clip, o.clip_weights, pretrained)
+        self.clip = load_clip(o.clip, o.clip_weights, pretrained)    # its text side is frozen
         patch, depth = CLIP_MODELS[o.clip]["patch"], CLIP_MODELS[o.clip]["depth"]
         rows, columns = size[0] // patch, size[1] // patch
         is_split = len(o.split) == 3 and sum(o.split) == depth and min(o.split) >= 0

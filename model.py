@@ -191,14 +191,15 @@ class GaitStream(nn.Module):
 class DinoGRL(Method):
     """The whole method, see Method. A third stream is one more entry of `streams`."""
     Options = Options
-    # A laptop's CPU, minutes: a tiny distilled ViT, thin one-block ResNets, small frames.
+    # A laptop's CPU, minutes: a tiny distilled ViT, thin one-block ResNets, small frames. Values of
+    # train.Config and of Options together: each takes its own.
     small = {"epochs": 6, "steps": 85, "identities": 8, "tracklets": 1, "frames": 3,
              "test_frames": 8, "evaluate_every": 2, "workers": 0, "warmup_epochs": 0,
              "milestones": (4, 5), "lr": 5e-3, "size": (128, 64), "erase": 0.0, "dinov2": "tiny",
              "resnet_weights": "random", "mask_warmup": 80, "mask_lr": 5e-2, "dim": 64, "width": 8,
              "blocks": (1, 1, 1, 1), "strips": (1, 2, 4, 8), "strides": (1, 1, 2, 1),
              "gait_strides": (2, 1, 1, 1), "dino_size": (336, 168), "code_size": (32, 16)}
-    recomputed = (Bottleneck, BasicBlock, DenoisingBranch)
+    recomputed = (Bottleneck, BasicBlock, DenoisingBranch)    # by --checkpoint-activations
 
     def __init__(self, options, classes, size, pretrained=True):
         super().__init__()
@@ -211,7 +212,7 @@ class DinoGRL(Method):
         streams = {"appearance": appearance}
         if o.gait:    # its parts come first, as in the release
             streams = {"gait": GaitStream(o, classes, self.prior(), refined), **streams}
-            self.frozen = ("streams.gait.sasgl.prior",)
+            self.frozen = ("streams.gait.sasgl.prior",)    # not in checkpoints
             self.warm_up_module = "streams.gait.sasgl.mask_branch"
             self.warm_up_steps = 0 if o.mask_branch else o.mask_warmup
             self.warm_up_lr = o.mask_lr
@@ -273,7 +274,7 @@ class DinoGRL(Method):
         return losses, shown
 
     @property
-    def whole_batch(self):
+    def whole_batch(self):    # given the gathered batch: batch norms that need no synchronising
         return tuple(f"streams.{name}.head" for name in self.streams)
 
     @property

@@ -135,7 +135,8 @@ class Enhance(nn.Module):
 
     @staticmethod
     def combine(sums, slope, offset, bias):
-        """Sums of relu(f) and relu(f) s (B, 2, D) -> W(relu(f) g(s)) (B, 1, D)."""
+        """Sums of relu(f) and relu(f) s (B, 2, D) -> W(relu(f) g(s)) (B, 1, D), with W g(s) =
+        slope s + offset."""
         return offset * sums[:, :1] + slope * sums[:, 1:] + bias
 
 

@@ -88,7 +88,7 @@ def refine_edges(body):
 
 def smooth_loss(maps):
     """Maps (N, C, H, W) -> scalar: |Sobel x| + |Sobel y| of the channels' sum, per value: borders
-    cost. Of the denoising code all channels but the last are summed (see forward).
+    cost. Of the denoising code all channels but the last: the sum of all is 1 on the body.
 
     The paper applies it to the mask too, whose two channels sum to 1 everywhere: that loss is
     constant, has no gradient, and is not computed here. (The release reads pixel-major memory as

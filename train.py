@@ -97,7 +97,7 @@ def train(config, dataset, loader, augmented, model, autocast, optimizer, scaler
     for epoch in range(len(log), config.epochs):
         model.train()
         loader.batch_sampler.epoch = epoch
-        for group in optimizer.param_groups:
+        for group in optimizer.param_groups:    # of model.parameter_groups()
             group["lr"] = config.lr * group["factor"] * learning_rate_factor(config, epoch)
         sums, start = {}, time.time()
         bar = progress(loader, f"epoch {epoch + 1}/{config.epochs}", disable=rank > 0 or None)
@@ -157,7 +157,7 @@ def warm_up(model, loader, augmented, config):
     """Train model.warm_up_module alone, so that the rest never uses it untrained. [ours]"""
     steps, rank = model.warm_up_steps, parallel.processes()[0]
     first = 10 ** 6    # an epoch that never comes: batches and augmentation of its own
-    if not steps:
+    if not steps:    # as in a method without such a module
         return
     model.train()
     module = model.get_submodule(model.warm_up_module)
@@ -195,7 +195,7 @@ def training_data(config):
 def loader_of(config, method, dataset, device):
     """One pass over it is one epoch: the one that loader.batch_sampler.epoch says."""
     rank, world = parallel.processes()
-    sampler = (method.sampler or IdentitySampler)(
+    sampler = (method.sampler or IdentitySampler)(    # None: a method need not have its own
         dataset.train, P=config.identities, K=config.tracklets, steps=config.steps,
         seed=config.seed, rank=rank, world=world)
     frames = Frames(dataset.train, size=config.size, T=config.frames,
@@ -215,7 +215,7 @@ def read_command_line(words=None):
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--run", metavar="DIR", help="its folder; default: a new one in runs/")
     parser.add_argument("--resume", metavar="RUN", help="a run's folder, to go on with its options")
-    config, options, given = configure(parser, words, Config, method, checkpoint)
+    config, options, given = configure(parser, words, Config, method, checkpoint)    # --preset too
     check_free(given.get("run"))    # now, and not after all is loaded
     return SimpleNamespace(config=config, options=options, method=method, run=given.get("run"),
                            resume=first["resume"].removesuffix("/last.pt"), checkpoint=checkpoint)
@@ -265,7 +265,7 @@ def main():
         if config.checkpoint_activations:
             model.recompute_activations()
         if len(log) >= config.epochs or is_due(config, len(log)) and "rank-1" not in log[-1]:
-            test()    # the run was stopped before it, or has nothing to train
+            test()    # which adds rank-1: the run was stopped before, or has nothing to train
         train(config, dataset, loader, augmented, model, autocast, optimizer, scaler, log, save,
               test)
     except KeyboardInterrupt:
