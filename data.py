@@ -54,6 +54,7 @@ class Dataset:
     directions: dict = field(default_factory=dict)
     ignore_same_camera: bool = False
     frame_rule: str = "chunks"
+    notes: list = field(default_factory=list)    # lines about what is odd in it
 
     def set_test(self, query, gallery):
         """Lists of Tracklet -> test, each tracklet once, and directions: queries of one modality
@@ -79,6 +80,10 @@ class Dataset:
 HITSZ_NAME = re.compile(r"(\d+)M([12])D(\d+)T\d+F(.+)")    # pid, modality, camera, track, file
 HITSZ_MODALITY = {1: INFRARED, 2: VISIBLE}
 OWN_TRACK = re.compile(r"([^/]+)/(visible|rgb|infrared|ir)/(?:([^/]+)/)?[^/]+", re.I)
+HITSZ = str.split("track_train_info.txt track_test_info.txt train_name.txt test_name.txt "
+                        "query_IDX.txt")
+BUPT = str.split("data_paths.json train.txt query.txt gallery.txt")
+OWN_SPLITS = "train", "query", "gallery"
 SHORTEST = 12    # HITSZ-VCM's tracks of fewer frames are dropped, as everyone does
 
 
@@ -162,19 +167,28 @@ def read_own(root):
 
     dataset = Dataset(os.path.basename(os.path.abspath(root)), root, list(tracks("train")))
     dataset.set_test(list(tracks("query")), list(tracks("gallery")))
+    folders = {name for name in next(os.walk(root))[1] if not name.startswith(".")}
+    if others := folders - {*OWN_SPLITS, "masks"}:
+        dataset.notes.append(f"not read: {', '.join(sorted(others))} in {root}; expected train/ "
+                             "query/ gallery/, in lower case")
     return dataset
+
+
+def lists_in(path):
+    """Yields folder, a benchmark's lists, those of them that are there: path, its info/, and the
+    folder above (of BUPTCampus' DATA)."""
+    info, above = os.path.join(path, "info"), os.path.dirname(os.path.abspath(path))
+    for folder, lists in (info, HITSZ), (path, HITSZ), (path, BUPT), (above, BUPT):
+        yield folder, lists, [f for f in lists if os.path.isfile(os.path.join(folder, f))]
 
 
 def recognise(path, auxiliary):
     """A folder -> its Dataset, or None if nothing known is in it."""
-    for info in (os.path.join(path, "info"), path):
-        if os.path.isfile(os.path.join(info, "track_train_info.txt")):
-            return read_hitsz(path, info)
-    for root in (path, os.path.dirname(os.path.abspath(path))):    # of BUPTCampus, or its DATA
-        if os.path.isfile(os.path.join(root, "data_paths.json")):
-            return read_bupt(root, auxiliary)
-    splits = (os.path.join(path, split) for split in ("train", "query", "gallery"))
-    return read_own(path) if any(map(os.path.isdir, splits)) else None
+    for folder, lists, there in lists_in(path):
+        if there == lists:
+            return read_hitsz(path, folder) if lists is HITSZ else read_bupt(folder, auxiliary)
+    is_own = any(os.path.isdir(os.path.join(path, split)) for split in OWN_SPLITS)
+    return read_own(path) if is_own else None
 
 
 def load_dataset(path, reader="", auxiliary=False, checked=True):
@@ -186,8 +200,11 @@ def load_dataset(path, reader="", auxiliary=False, checked=True):
         folders = [path, *sorted(glob.glob(os.path.join(glob.escape(path), "*", "")))]
         dataset = next(filter(None, (recognise(folder, auxiliary) for folder in folders)), None)
     if not isinstance(dataset, Dataset):
-        raise UserError(f"no dataset in {path}; expected HITSZ-VCM, BUPTCampus, your own train/ "
-                        "query/ gallery/ (docs/data.md), or --reader; search.py is for footage")
+        half = [f"{' '.join(there)} in {folder} without all of {' '.join(lists)}; "
+                for folder, lists, there in lists_in(path) if there]
+        raise UserError(f"no dataset in {path}; {''.join(half)}expected HITSZ-VCM, BUPTCampus, "
+                        "your own train/ query/ gallery/ (docs/data.md), or --reader; search.py is "
+                        "for footage")
     if checked:
         check(dataset)
     return dataset

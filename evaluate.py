@@ -24,6 +24,7 @@ from dataclasses import replace
 
 from data import DIRECTIONS, Frames, chunks, load_dataset
 from support import parallel, pictures
+from support.check import unranked
 from support.files import UserError, write_json, write_log
 from support.footage import normalise
 from support.options import Parser, cli, progress, typed
@@ -35,14 +36,6 @@ import torch
 RANKS = 1, 5, 10, 20
 
 # ------------------------------------------------------------- embeddings ----
-
-def per_stream(function, *embeddings):
-    """function(tensors), or {stream: function(tensors of that stream)} for a method whose embed
-    gives {stream: tensor}."""
-    if not isinstance(embeddings[0], dict):
-        return function(*embeddings)
-    return {name: function(*(e[name] for e in embeddings)) for name in embeddings[0]}
-
 
 def clips(tracklet, T):
     """--all-frames: a tracklet of n frames -> ceil(n / T) tracklets of T frames, which together
@@ -75,29 +68,21 @@ def embed_tracklets(model, tracklets, config, rule="chunks", all_frames=False, s
     batches = []
     for frames, modality, _ in progress(loader, "embedding"):
         frames = normalise(frames.to(model.device, non_blocking=True))
-        embedding = model.embed(frames, modality)
-        batches.append(per_stream(lambda x: x.float().cpu(), embedding))
+        batches.append(model.embed(frames, modality).float().cpu())
         if seen is not None and model.sasgl is not None:    # seen there: this batch's Codes
             seen.append(model.sasgl.seen.silhouette.cpu())
 
-    def mean_over_clips(*batches):
-        of_clips = torch.cat(batches)
-        total = torch.zeros(len(tracklets), *of_clips.shape[1:])
-        return total.index_add_(0, owner, of_clips) / owner.bincount()[:, None, None]
-
-    return per_stream(mean_over_clips, *batches)
+    of_clips = torch.cat(batches)
+    total = torch.zeros(len(tracklets), *of_clips.shape[1:]).index_add_(0, owner, of_clips)
+    return total / owner.bincount()[:, None, None]
 
 
 # ------------------------------------------------------ distances, scores ----
 
 def distances(query, gallery):
     """query (Q, P, D), gallery (G, P, D) -> (Q, G): mean over the P parts of the Euclidean
-    distance; of {stream: tensor}, over the parts of all streams. Centred on the gallery's mean
-    first, which changes no distance and saves float32 from cancellation."""
-    if isinstance(query, dict):
-        parts = {name: own.shape[1] for name, own in query.items()}
-        total = sum(n * distances(query[name], gallery[name]) for name, n in parts.items())
-        return total / sum(parts.values())
+    distance. Centred on the gallery's mean first, which changes no distance and saves float32 from
+    cancellation."""
     result = query.new_zeros(len(query), len(gallery))
     for p, centre in enumerate(gallery.mean(0)):
         result += torch.cdist(query[:, p] - centre, gallery[:, p] - centre)
@@ -133,6 +118,16 @@ def ranked(distance, match, valid):
     first = np.where(hit, rank, rank.max() + 1).min(1)
     last = np.where(hit, rank, 0).max(1)
     return np.stack([first, AP, number / last])
+
+
+def equal_error(distance, match, valid):
+    """"Is it the same person?" As in score -> {"distance", "rate"}: at this distance, the share of
+    other people's pairs that are nearer equals that of the person's own pairs that are farther."""
+    own, others = (np.sort(distance[pairs & valid]) for pairs in (match, ~match))
+    rejected = 1 - np.arange(1, len(own) + 1) / len(own)
+    accepted = np.searchsorted(others, own, side="right") / max(1, len(others))
+    place = np.argmax(accepted >= rejected)
+    return {"distance": float(own[place]), "rate": float(accepted[place])}
 
 
 def rerank(distance, Q, k1=20, k2=6, weight=0.3):
@@ -179,13 +174,11 @@ def rerank(distance, Q, k1=20, k2=6, weight=0.3):
 
 def distance_of(dataset, direction, embeddings, device, reranked=False):
     """-> the distances (Q, G) of one direction, numpy."""
-    query, gallery = (per_stream(lambda x, side=side: x[side].to(device), embeddings)
-                      for side in dataset.directions[direction])
+    query, gallery = (embeddings[side].to(device) for side in dataset.directions[direction])
     if not reranked:
         return distances(query, gallery).cpu().numpy()
-    everyone = per_stream(lambda *x: torch.cat(x), query, gallery)
-    Q = len(dataset.directions[direction][0])
-    return rerank(distances(everyone, everyone).cpu().numpy(), Q)
+    everyone = torch.cat([query, gallery])
+    return rerank(distances(everyone, everyone).cpu().numpy(), len(query))
 
 
 def labels_of(dataset, direction):
@@ -217,12 +210,11 @@ def embed_test(model, dataset, config, all_frames):
         ious = pictures.ious(torch.cat(seen).split(T), frames_of, dataset.root)
 
     # All shares, in order, in process 0.
-    own = per_stream(lambda x: x[:len(share)], embeddings)
-    collected = parallel.collect((own, ious))
+    collected = parallel.collect((embeddings[:len(share)], ious))
     if collected is None:
         return None
     embeddings, ious = zip(*collected, strict=True)
-    return per_stream(lambda *x: torch.cat(x), *embeddings), sum(ious, [])
+    return torch.cat(embeddings), sum(ious, [])
 
 
 def evaluate(model, dataset, config, rerank=False, all_frames=False):
@@ -234,16 +226,17 @@ def evaluate(model, dataset, config, rerank=False, all_frames=False):
     embeddings, ious = embedded
 
     # Both directions, by the whole embedding and by each stream alone.
-    found, directions, streams = {}, {}, {}
-    for d in DIRECTIONS:
+    found, directions, errors, streams = {}, {}, {}, {}
+    for d in [d for d in DIRECTIONS if d not in unranked(dataset)]:
         labels = labels_of(dataset, d)
         found[d] = distance_of(dataset, d, embeddings, model.device, rerank), *labels
-        directions[d] = score(*found[d])
+        directions[d], errors[d] = score(*found[d]), equal_error(*found[d])
         for name, own in model.streams_of(embeddings).items():
             distance = distance_of(dataset, d, own, model.device, rerank)
             streams.setdefault(name, {})[d] = score(distance, *labels)
     iou = sum(ious) / len(ious) if ious else None
-    results = {"directions": directions, "streams": streams, "silhouette_iou": iou}
+    results = {"directions": directions, "streams": streams, "silhouette_iou": iou,
+               "equal_error": errors}
     return results, found
 
 
@@ -251,8 +244,9 @@ def table(results):
     """Results -> the table as text, in per cent: a row for each direction, below it one for each
     stream alone. Ranks beyond a gallery have no column."""
     whole, streams = results["directions"], results["streams"]
-    first, second = whole.values()
-    names = [name for name in first if name in second]    # last: queries, gallery, numbers
+    first, *others = whole.values()
+    # Last: queries, gallery, numbers
+    names = [name for name in first if all(name in other for other in others)]
     lines = [" " * 20 + "".join(f"{name:>9}" for name in names)]
 
     def row(title, r):
@@ -263,6 +257,9 @@ def table(results):
         lines += [row(f"  {name} alone", own[direction]) for name, own in streams.items()]
     if results["silhouette_iou"] is not None:
         lines.append(f"silhouette IoU against the true masks: {results['silhouette_iou']:.3f}")
+    errors = "; ".join(f"{d} {100 * e['rate']:.1f} % at the distance {e['distance']:.3f}"
+                       for d, e in results["equal_error"].items())
+    lines.append(f"equal error, for these cameras alone: {errors}")
     return "\n".join(lines)
 
 

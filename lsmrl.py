@@ -284,6 +284,7 @@ class LSMRL(Method):
              "groups": 4, "contrast": 3.0}
     recomputed = (Attention, Mlp)
     whole_batch = ("heads",)
+    of_identities = "heads", "prompts", "bank"
 
     def __init__(self, options, classes, size, pretrained=True):
         super().__init__()
@@ -366,8 +367,8 @@ class LSMRL(Method):
     def streams_of(self, embeddings):
         """Embeddings (N, 1, D + d) -> {"z": (N, 1, D), "f": (N, 1, d)}."""
         sizes = list(self.clip.visual.proj.shape)
-        if isinstance(embeddings, dict) or embeddings.shape[2] != sum(sizes):    # a subclass's own
-            return super().streams_of(embeddings)
+        if embeddings.shape[2] != sum(sizes):    # a subclass's own
+            return {}
         return dict(zip("zf", embeddings.split(sizes, dim=2), strict=True))
 
     def forward(self, frames, modality, label):

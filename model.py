@@ -249,9 +249,8 @@ class DinoGRL(Method):
 
     def streams_of(self, embeddings):
         sizes = [stream.n_parts for stream in self.streams.values()]
-        is_own = isinstance(embeddings, dict) or embeddings.shape[1] != sum(sizes)    # a subclass's
-        if is_own or len(sizes) < 2:
-            return super().streams_of(embeddings)
+        if len(sizes) < 2 or embeddings.shape[1] != sum(sizes):    # a subclass's own
+            return {}
         return dict(zip(self.streams, embeddings.split(sizes, dim=1), strict=True))
 
     def losses_of(self, parts, logits, label, modality):
@@ -276,6 +275,10 @@ class DinoGRL(Method):
     @property
     def whole_batch(self):    # given the gathered batch: batch norms that need no synchronising
         return tuple(f"streams.{name}.head" for name in self.streams)
+
+    @property
+    def of_identities(self):
+        return self.whole_batch
 
     @property
     def sasgl(self):

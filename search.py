@@ -4,7 +4,7 @@
     python search.py --checkpoint RUN --query DIR --gallery SAVED        embeds the queries alone
 
     --gallery DIR -> find_footage -> embed_tracklets -> (G, parts, dim) -> SAVED/embeddings.npy
-                                                               | a block of rows at a time
+                                                               |
     --query DIR -> the same -> (Q, parts, dim) -------> distances -> nearest -> ranked lists
 
 DIR holds a folder of frames for each tracklet. README.md shows a search from Python.
@@ -12,15 +12,17 @@ DIR holds a folder of frames for each tracklet. README.md shows a search from Py
 Quick question: is the first place the person who was asked for? (Not always: some tracklet is the
 nearest even if that person is not in the gallery.)
 """
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 from data import INFRARED, MODALITIES, VISIBLE, Tracklet
 from evaluate import distances, embed_tracklets
+from support.check import MOST, torn
 from support.files import UserError, read_json, write_atomic, write_json, write_picture
-from support.footage import find_footage, normalise, read_frames
-from support.options import Parser, add_options, cli, fill, option, progress, typed
+from support.footage import find_footage, normalise, notes_on, read_frames
+from support.options import Parser, add_options, cli, fill, option, typed
 from support.pictures import BLACK, GREY, Found, draw_ranking, evenly
 from support.weights import add_run_options, digest, load_run
 
@@ -41,11 +43,14 @@ class Options:
 
 
 def embed_images(model, config, tracklets, modality):
-    """tracklets: N lists of frames in order; a frame is a path, a PIL image or a uint8 array
-    (H, W, 3), RGB, or (H, W), of any size; all of one modality, "visible" or "infrared" ->
-    embeddings (N, parts, dim), float32 on the CPU; `distances` compares them."""
+    """tracklets: N lists (or generators) of frames in order; a frame is a path, a PIL image or a
+    uint8 array (H, W, 3), RGB (OpenCV has BGR), or (H, W), of any size; all of one modality,
+    "visible" or "infrared" -> embeddings (N, parts, dim), float32 on the CPU; `distances` compares
+    them. Raises UserError."""
     config = SimpleNamespace(**vars(config) | {"workers": 0})    # images at hand need no process
     tracklets = [Tracklet(tuple(frames), None, None, modality) for frames in tracklets]
+    if not tracklets or not all(t.frames for t in tracklets):
+        raise UserError("no tracklet, or one without frames; expected one or more; leave it out")
     return embed_tracklets(model, tracklets, config)
 
 
@@ -57,56 +62,68 @@ def see_images(model, config, frames):
     return codes
 
 
-def nearest(query, gallery, top, rows=1024):
-    """query (Q, parts, dim), gallery (G, parts, dim), in numpy -> distances and places (Q, top) of
-    the nearest, of equal ones the first. It reads `rows` of the gallery at a time: a saved one
-    can be larger than the memory."""
-    best = query.new_empty(len(query), 0)
-    places = best.long()
-    for start in progress(range(0, len(gallery), rows), "searching"):
-        block = torch.tensor(gallery[start:start + rows], device=query.device)
-        numbers = torch.arange(start, start + len(block), device=query.device)
-        best = torch.cat([best, distances(query, block)], 1)
-        places = torch.cat([places, numbers.expand(len(query), -1)], 1)
-        best, order = best.sort(stable=True)
-        best, places = best[:, :top], places.gather(1, order)[:, :top]
-    return best, places
+def readable(found, path):
+    """--skip-unreadable: {name: frames} -> the same without the frames that cannot be read."""
+    broken = torn([frame for frames in found.values() for frame in frames])
+    print(f"{len(broken)} frames under {path} cannot be read and are skipped")
+    kept = {name: tuple(f for f in frames if f not in broken) for name, frames in found.items()}
+    kept = {name: frames for name, frames in kept.items() if frames}
+    if not kept:
+        raise UserError(f"no readable frames under {path}; extract them again")
+    return kept
 
 
-def embed_footage(model, config, path, modality, how):
-    """-> {name: paths of its frames}, embeddings (N, parts, dim). Raises UserError."""
+def embed_footage(model, config, path, modality, how, is_skipping):
+    """-> {name: paths of its frames}, embeddings (N, parts, dim). Raises UserError that names every
+    unreadable frame."""
     found = find_footage(path)
+    if list(found) == [os.path.basename(os.path.abspath(path))]:
+        print(f"{path} itself holds frames: they are one tracklet; give each tracklet a folder")
+    if is_skipping:
+        found = readable(found, path)
+    frames = [frame for frames in found.values() for frame in frames]
+    for note in notes_on(frames):
+        print("note:", note)
     tracklets = [Tracklet(frames, None, None, modality) for frames in found.values()]
-    embeddings = embed_tracklets(model, tracklets, config, how["frame_rule"], how["all_frames"])
-    if isinstance(embeddings, dict):
-        raise UserError("this method embeds streams; expected one tensor (N, parts, dim)")
-    return found, embeddings
+    try:
+        return found, embed_tracklets(model, tracklets, config, how["frame_rule"],
+                                      how["all_frames"])
+    except UserError:
+        broken = list(torn(frames).values())
+        if not broken:
+            raise
+        raise UserError("\n".join([*broken[:MOST], f"{len(broken)} of {len(frames)} frames cannot "
+                                   "be read; extract them again, or remove them, or go on without "
+                                   "them by --skip-unreadable"])) from None
 
 
-def open_gallery(model, config, options, how):
-    """-> embeddings (G, parts, dim), a numpy array, {name: three frames}. how: by which model, with
-    which frames; a saved gallery must have been embedded in the same way. Raises UserError."""
+def open_gallery(model, config, options, how, is_skipping):
+    """-> embeddings (G, parts, dim), {name: three frames}. how: by which model, with which frames;
+    a saved gallery must have been embedded in the same way. Raises UserError."""
     saved = Path(options.gallery, "embeddings.npy")
     if saved.is_file():
         about = read_json(saved.with_name("names.json"))
         if about["how"] != how:
             raise UserError(f"{options.gallery} was embedded with {about['how']}; expected {how}, "
                             "as for the queries; embed the gallery again")
-        return np.load(saved, mmap_mode="r"), about["shown"]
-    found, embeddings = embed_footage(model, config, options.gallery, options.gallery_modality, how)
+        # It is read part by part, so it may be larger than the memory.
+        return torch.from_numpy(np.load(saved, mmap_mode="c")), about["shown"]
+    found, embeddings = embed_footage(model, config, options.gallery, options.gallery_modality, how,
+                                      is_skipping)
     shown = {name: evenly(frames, 3) for name, frames in found.items()}
     if options.save:
         write_json(f"{options.save}/names.json", {"how": how, "shown": shown})
         # The last file, because it makes the folder a saved gallery.
         write_atomic(f"{options.save}/embeddings.npy", lambda file: np.save(file, embeddings))
         print(f"{len(embeddings):,} tracklets embedded in {options.save}")
-    return embeddings.numpy(), shown
+    return embeddings, shown
 
 
 def main():
     parser = Parser(description=__doc__.split("\n\n")[0])
     add_options(parser, Options)
     add_run_options(parser)
+    parser.add_argument("--skip-unreadable", action="store_true", help="leave broken frames out")
     given = typed(parser)
     options = fill(Options, given)
     if not options.gallery or not (options.query or options.save):
@@ -114,16 +131,19 @@ def main():
     model, config, trained = load_run(given.get("checkpoint", ""), given)
     how = {"model": digest(model), "frames": config.test_frames or config.frames,
            "frame_rule": config.frame_rule or "chunks", "all_frames": "all_frames" in given}
+    is_skipping = "skip_unreadable" in given
     if options.query:    # first: the shorter wait if something is wrong
-        queries, query = embed_footage(model, config, options.query, options.query_modality, how)
-    gallery, shown = open_gallery(model, config, options, how)
+        queries, query = embed_footage(model, config, options.query, options.query_modality, how,
+                                       is_skipping)
+    gallery, shown = open_gallery(model, config, options, how, is_skipping)
     if not options.query:
         return
     if trained["dataset"] == "walkers":
         print("trained on walkers, who are drawn: this model knows nothing of real people")
     rows, names, modality = [], list(shown), options.query_modality
-    best, places = nearest(query.to(model.device), gallery, options.top)
-    for name, *ranked in zip(queries, best.tolist(), places.tolist(), strict=True):
+    nearest, places = distances(query, gallery).sort(stable=True)    # of equal ones the first
+    nearest, places = nearest[:, :options.top].tolist(), places[:, :options.top].tolist()
+    for name, *ranked in zip(queries, nearest, places, strict=True):
         row = [Found(name, queries[name], BLACK)]
         print(f"{name} ({modality}, {len(queries[name])} frames), "
               f"the nearest of {len(gallery):,}:")

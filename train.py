@@ -52,6 +52,7 @@ class Config:
     device: str = option("", "cuda, cuda:1, cpu; default: cuda if there is one")
     data: str = option("", "HITSZ-VCM, BUPTCampus, or your own folders; none: walkers")
     reader: str = option("", "FILE.py:FUNCTION of your own that reads --data")
+    init: str = option("", "a run whose weights to start from, all but its identities' own")
     auxiliary: bool = option(False, "BUPTCampus: train on its auxiliary set too")
     people: int = option(96, "training identities of the walkers that are drawn")
     size: tuple = option((256, 128), "height and width of the frames")
@@ -208,17 +209,22 @@ def loader_of(config, method, dataset, device):
 
 def read_command_line(words=None):
     """words: None for those of this process -> a namespace: config, options (the method's), method
-    (its class), run, resume (folders), checkpoint (of resume). Raises UserError."""
-    first = early(words, "method", "resume")
-    checkpoint = weights.read_checkpoint(first["resume"]) if first["resume"] else None
-    method = load_method(weights.method_of(checkpoint, first["method"]) or Config.method)
+    (its class), run, resume (folders), checkpoint (of resume), start (of --init). Raises
+    UserError."""
+    first = early(words, "method", "resume", "init")
+    checkpoint, start = (weights.read_checkpoint(first[name]) if first[name] else None
+                         for name in ("resume", "init"))
+    if checkpoint and start:
+        raise UserError("--init starts a new run; expected it without --resume")
+    method = load_method(weights.method_of(checkpoint or start, first["method"]) or Config.method)
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--run", metavar="DIR", help="its folder; default: a new one in runs/")
     parser.add_argument("--resume", metavar="RUN", help="a run's folder, to go on with its options")
-    config, options, given = configure(parser, words, Config, method, checkpoint)    # --preset too
+    config, options, given = configure(parser, words, Config, method, checkpoint, start)
     check_free(given.get("run"))    # now, and not after all is loaded
     return SimpleNamespace(config=config, options=options, method=method, run=given.get("run"),
-                           resume=first["resume"].removesuffix("/last.pt"), checkpoint=checkpoint)
+                           resume=first["resume"].removesuffix("/last.pt"), checkpoint=checkpoint,
+                           start=start)
 
 
 def main():
@@ -233,7 +239,9 @@ def main():
         if checkpoint:
             model = weights.rebuild(method, asked.options, config.size, checkpoint, asked.resume)
         else:
-            model = method(asked.options, len(dataset.classes), config.size)
+            model = method(asked.options, len(dataset.classes), config.size, not asked.start)
+            if asked.start:
+                weights.take_weights(model, asked.start, config.init, model.of_identities)
     torch.manual_seed(config.seed + 10 ** 6 * rank)    # dropout of its own
     model.to(device)
     optimizer = getattr(torch.optim, config.optimizer)(
@@ -260,7 +268,8 @@ def main():
     test = partial(report, model, dataset, config, run, {"method": config.method}, log)
     try:
         if not checkpoint:
-            warm_up(model, loader, augmented, config)
+            if not asked.start:
+                warm_up(model, loader, augmented, config)
             save()    # from here on a run that is killed can be resumed
         if config.checkpoint_activations:
             model.recompute_activations()

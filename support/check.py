@@ -5,9 +5,9 @@ import os
 from collections import defaultdict
 
 from support.files import UserError
-from support.footage import file_of, natural, read_frame
+from support.footage import file_of, natural, notes_on, read_frame
 from support.options import Parser, on_off, progress
-from support.parallel import ignore_interrupts
+from support.parallel import ignore_interrupts, say
 
 MOST = 20    # lines of each kind of problem
 
@@ -41,15 +41,29 @@ def unanswered(dataset, query, gallery):
     return number
 
 
+def unranked(dataset):
+    """The directions in which no query has a right answer."""
+    return [name for name, (query, gallery) in dataset.directions.items()
+            if unanswered(dataset, query, gallery) == len(query)]
+
+
+def notes(dataset):
+    """What is odd, but not wrong, a line each."""
+    yield from dataset.notes
+    lost = unranked(dataset)
+    for direction in lost if len(lost) < len(dataset.directions) else []:    # else: wrong_lists
+        yield f"{direction} is not ranked: no query has a right answer in the gallery"
+    yield from notes_on([t.frames[0] for t in dataset.train + dataset.test])
+
+
 def wrong_lists(dataset):
     """What makes ranking or training impossible."""
     if not dataset.train + dataset.test:
         yield f"no tracklets in {dataset.root}; expected some"
     if dataset.test and not dataset.directions:
         yield "test tracklets, but no directions; expected Dataset.set_test(query, gallery)"
-    for direction, (query, gallery) in dataset.directions.items():
-        if dataset.test and unanswered(dataset, query, gallery) == len(query):
-            yield f"{direction}: not one of {len(query)} queries has a right answer in the gallery"
+    elif dataset.test and len(unranked(dataset)) == len(dataset.directions):
+        yield "not one query has a right answer in the gallery; expected the same pids in both"
     modalities = defaultdict(set)
     for t in dataset.train:
         modalities[t.pid].add(t.modality)
@@ -61,7 +75,9 @@ def wrong_lists(dataset):
 
 
 def check(dataset):
-    """Raises UserError for the first problem."""
+    """Print the notes. Raises UserError for the first problem."""
+    for note in notes(dataset):
+        say(f"note: {note}")
     problems = [*wrong_lists(dataset), *missing_files(dataset)]
     if problems:
         raise UserError(f"{problems[0]} (problem 1 of {len(problems)}; python data.py lists all)")
@@ -73,6 +89,13 @@ def unreadable(frame):
         read_frame(frame, (8, 4))    # any small size
     except UserError as error:
         return str(error).split(";")[0]
+
+
+def torn(frames):
+    """-> {frame that cannot be read: why}."""
+    with multiprocessing.Pool(None, ignore_interrupts, (0,)) as pool:
+        reasons = progress(pool.imap(unreadable, frames, chunksize=64), "reading", len(frames))
+        return {frame: why for frame, why in zip(frames, reasons, strict=True) if why}
 
 
 def print_statistics(dataset):
@@ -102,11 +125,10 @@ def main_of(load, show):
         return show()
     dataset = load(args.path, args.reader, args.auxiliary, checked=False)
     print_statistics(dataset)
+    for note in notes(dataset):
+        print("note:", note)
     frames = [frame for file, frame in files_of(dataset).items() if os.path.isfile(file)]
-    with multiprocessing.Pool(None, ignore_interrupts, (0,)) as pool:
-        read = pool.imap(unreadable, frames, chunksize=64)
-        torn = [why for why in progress(read, "reading", len(frames)) if why]
-    kinds = list(wrong_lists(dataset)), missing_files(dataset), torn
+    kinds = list(wrong_lists(dataset)), missing_files(dataset), list(torn(frames).values())
     for lines in kinds:
         for line in lines[:MOST]:
             print("problem:", line)

@@ -10,7 +10,7 @@ import math
 import os
 
 from support.files import ROOT, UserError
-from support.weights import download, load_strictly, read_tensors
+from support.weights import download, load_strictly, read_pretrained
 
 import torch
 import torch.nn.functional as F
@@ -49,11 +49,9 @@ class Attention(nn.Module):
     def queries_keys_values(self, x, context):
         """-> three of (N, heads, L or M, D / heads)."""
         weight, bias, D = self.in_proj_weight, self.in_proj_bias, x.shape[-1]
-        if context is None:
-            three = F.linear(x, weight, bias).chunk(3, -1)
-        else:
-            three = [F.linear(x, weight[:D], bias[:D]),
-                     *F.linear(context, weight[D:], bias[D:]).chunk(2, -1)]
+        context = x if context is None else context
+        three = [F.linear(x, weight[:D], bias[:D]),
+                 *F.linear(context, weight[D:], bias[D:]).chunk(2, -1)]
         return [y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in three]
 
     def forward(self, x, context=None):
@@ -196,7 +194,7 @@ def load_clip(name, weights="", pretrained=True):
         try:
             tensors = torch.jit.load(path, map_location="cpu").state_dict()
         except (RuntimeError, ValueError):    # not an archive, or a torn one
-            tensors = read_tensors(path)
+            tensors = read_pretrained(path)
         for key in "input_resolution", "context_length", "vocab_size":    # integers, not weights
             tensors.pop(key, None)
         load_strictly(clip, tensors, f"{path} (as CLIP {name})")

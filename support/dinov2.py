@@ -11,7 +11,7 @@ official code does, so that rounding never loses a row. Without it all tokens wo
 from collections import OrderedDict
 
 from support.files import ROOT, UserError
-from support.weights import download, load_strictly, read_tensors
+from support.weights import download, load_strictly, read_pretrained
 
 import torch
 import torch.nn.functional as F
@@ -142,7 +142,7 @@ def load_dinov2(name, weights="", pretrained=True):
         torch.default_generator.manual_seed(1002)    # not the GPUs': they are not restored
         dinov2 = DinoVisionTransformer(*DINOV2[name])
         if pretrained and (weights or name != RANDOM):
-            tensors = read_tensors(weights) if weights else download(
+            tensors = read_pretrained(weights) if weights else download(
                 f"DINOv2 ({name})", "give its official file by --dinov2-weights FILE, or take "
                 "--dinov2 tiny (small, for trying out)", torch.hub.load, DINOV2_HUB, name,
                 trust_repo=True, skip_validation=True).state_dict()

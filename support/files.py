@@ -31,8 +31,11 @@ def read_json(path):
 
 
 def integers(text):
-    """"1 5.0, 7" -> [1, 5, 7]: some lists were exported as floats. Raises ValueError."""
-    return [int(word.removesuffix(".0")) for word in text.replace(",", " ").split()]
+    """"1 5.0, 7e0" -> [1, 5, 7]: some lists were exported as floats. Raises ValueError."""
+    numbers = [float(word) for word in text.replace(",", " ").split()]
+    if not all(number.is_integer() for number in numbers):
+        raise ValueError
+    return list(map(int, numbers))
 
 
 def parsed(path, parse, expected):

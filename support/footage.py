@@ -2,51 +2,97 @@
 import functools
 import os
 import re
+import warnings
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from support.files import UserError, in_short
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, ImageSequence
+from PIL import Image, ImageOps, PngImagePlugin
+
+# Pixels count, whatever stands beside them: no warnings about metadata, no limit on texts.
+warnings.filterwarnings("ignore", module="PIL")
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 31
 
 # "walk.gif#3": picture 3, counted from 0, of an animated file.
 ANIMATED = re.compile(r"(.+\.(?:gif|tiff?|webp|apng|avifs?))#(\d+)\Z", re.IGNORECASE | re.DOTALL)
+# In what pillow says of a file: colours of 16 bits, of which it keeps 8; PPM's largest value.
+DEEP_COLOUR = re.compile(r";16|'RGB', \d{4}")
+NEW_SUBFILE_TYPE, REDUCED = 254, 1    # a TIFF's tag, and its bit
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])    # ImageNet's
 
 # ------------------------------------------------------------- one frame ----
 
+def upright(image):
+    """A copy, turned as its orientation tag says, if that can be read."""
+    image = image.copy()
+    with suppress(Exception):    # other tags may be broken
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
 def picture(image, size):
-    """An open image -> uint8 (3, H, W), upright, resized bilinearly. Pictures deeper than 8 bits,
-    as thermal cameras write them, are stretched from their darkest to their brightest value."""
+    """An open image -> uint8 (3, H, W), upright, resized bilinearly. Gray pictures deeper than 8
+    bits, as thermal cameras write them, are stretched between the first and the last percentile of
+    their finite values: a broken pixel does not count."""
     H, W = size
-    image = ImageOps.exif_transpose(image)    # a copy
-    if image.mode.startswith(("I", "F")):    # I, F, I;16 and its byte orders
-        deep = np.nan_to_num(np.asarray(image, np.float32))
-        deep = (deep - deep.min()) * (255 / max(np.ptp(deep), 1e-6))
-        image = Image.fromarray(deep.astype(np.uint8))
+    is_gray = image.mode.startswith(("I", "F"))    # I, F, I;16 and its byte orders
+    if not is_gray and DEEP_COLOUR.search(str(getattr(image, "tile", ""))):
+        raise ValueError("it has colours of more than 8 bits: convert it to 8 bits or to gray")
+    image = upright(image)
+    if 0 in image.size:
+        raise ValueError("it has no pixels")
+    if is_gray:
+        deep = np.asarray(image, np.float32)
+        low, high = np.percentile(deep[np.isfinite(deep)], (1, 99))
+        deep = (deep - low) * (255 / max(high - low, 1e-6))
+        image = Image.fromarray(np.nan_to_num(deep).clip(0, 255).astype(np.uint8))
     image = image.convert("RGB").resize((W, H), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.moveaxis(np.asarray(image), 2, 0).copy())
 
 
+def is_path(frame):
+    return isinstance(frame, (str, os.PathLike))
+
+
 @contextmanager
-def opened(file):
-    """The open image; whatever fails while it is read is a UserError that names the file."""
+def opened(frame):
+    """The open image of a path, an array or an image; whatever fails while it is read is a
+    UserError that names it."""
     try:
-        with Image.open(file) as image:
+        image = Image.fromarray(frame) if isinstance(frame, np.ndarray) else frame
+        with Image.open(frame) if is_path(frame) else nullcontext(image) as image:
             yield image
     except Exception as error:    # pillow raises a dozen types for a bad file
-        raise UserError(f"{file} cannot be read as an image ({in_short(error)}); download it "
-                        "again, or see python data.py for all such files") from None
+        name = frame if is_path(frame) else f"a frame of type {type(frame).__name__}"
+        raise UserError(f"{name} cannot be read as an image ({in_short(error)}); extract or "
+                        "download it again; python data.py PATH lists all in a dataset") from None
+
+
+def pages(image):
+    """The numbers of the pictures in an open file. A TIFF's reduced pages (previews) and an MPO's
+    second view are none."""
+    numbers = []
+    for n in range(1 if image.format == "MPO" else getattr(image, "n_frames", 1)):
+        if image.format == "TIFF":
+            image.seek(n)
+        if not getattr(image, "tag_v2", {}).get(NEW_SUBFILE_TYPE, 0) & REDUCED:
+            numbers.append(n)
+    return numbers or [0]
 
 
 @functools.lru_cache(1)
 def animation(path, size):
-    """All pictures of an animated file: each builds on the one before."""
+    """{number: picture} of an animated file: each builds on the one before."""
+    found = {}
     with opened(path) as image:
-        return [picture(page, size) for page in ImageSequence.Iterator(image)]
+        for n in pages(image):
+            image.seek(n)
+            found[n] = picture(image, size)
+    return found
 
 
 def file_of(frame):
@@ -55,22 +101,35 @@ def file_of(frame):
 
 
 def read_frame(frame, size):
-    """A path, a PIL image or a uint8 array (H, W, 3), RGB, or (H, W) -> uint8 (3, H, W), see
-    picture. Raises UserError that names an unreadable file."""
-    if isinstance(frame, np.ndarray):
-        frame = Image.fromarray(frame)
-    if isinstance(frame, Image.Image):
-        return picture(frame, size)
-    if animated := ANIMATED.fullmatch(os.fspath(frame)):
+    """A path, a PIL image or a uint8 array (H, W, 3), RGB (OpenCV has BGR), or (H, W) -> uint8
+    (3, H, W), see picture. Raises UserError that names an unreadable file."""
+    if is_path(frame) and (animated := ANIMATED.fullmatch(os.fspath(frame))):
         file, number = animated.groups()
         return animation(file, tuple(size))[int(number)]
     with opened(frame) as image:
+        if is_path(frame):
+            first, *others = pages(image)
+            if others:
+                raise ValueError(f"it holds {1 + len(others)} pictures: name it .apng, .gif, .webp "
+                                 "or .tiff and list its folder again")
+            image.seek(first)
         return picture(image, size)
 
 
 def read_frames(frames, size):
     """T frames as in read_frame -> uint8 (T, 3, H, W)."""
     return torch.stack([read_frame(frame, size) for frame in frames])
+
+
+def notes_on(frames):
+    """Paths of frames -> a line in a list if most of some are whole camera pictures, else []."""
+    some, wide = frames[::len(frames) // 9 + 1], 0
+    for frame in some:
+        with suppress(UserError), opened(file_of(frame)) as image:
+            width, height = upright(image).size
+            wide += width > height
+    return ["the frames are wider than high; expected crops of one person, twice as high as wide"
+            ] if wide > len(some) / 2 else []
 
 
 def true_masks(root, frames, size):
@@ -87,10 +146,13 @@ def normalise(frames, channels=slice(None)):
     return (frames / 255).sub_(mean).div_(std)
 
 
-def natural(name):
-    """Sort key: frame2 before frame10."""
-    words = re.split("([0-9]+)", name.lower())
-    return [int(word) if i % 2 else word for i, word in enumerate(words)], name
+def natural(path):
+    """Sort key: frame2 before frame10, and im.png before im2.png: endings come last."""
+    def key(text):
+        words = re.split("([0-9]+)", text.lower())
+        return [int(word) if i % 2 else word for i, word in enumerate(words)]
+
+    return [list(map(key, os.path.splitext(name))) for name in path.split("/")], path
 
 
 def is_readable(file):
@@ -103,9 +165,12 @@ def frames_of_file(file):
     """An image file -> its frames: itself, or FILE#0, FILE#1, ... of an animated one."""
     if not ANIMATED.fullmatch(f"{file}#0"):
         return [file]
-    with opened(file) as image:
-        pictures = getattr(image, "n_frames", 1)
-    return [file] if pictures == 1 else [f"{file}#{n}" for n in range(pictures)]
+    numbers = [0]
+    with suppress(UserError), opened(file) as image:    # it will be named when it is read
+        numbers = pages(image)
+        if len(numbers) == 1:
+            return [file]
+    return [f"{file}#{n}" for n in numbers]
 
 
 def find_footage(path):
@@ -119,8 +184,9 @@ def find_footage(path):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in sorted(files, key=natural):
             if is_readable(name) and not name.startswith("."):
-                frames = frames_of_file(os.path.join(folder, name))
-                found[Path(folder, name if len(frames) > 1 else "")] += frames
+                file = os.path.join(folder, name)
+                frames = frames_of_file(file)
+                found[Path(folder, "" if frames == [file] else name)] += frames
     if not found:
         raise UserError(f"no frames under {path}; expected a folder of images for each tracklet; "
                         "from a video, extract the frames first")

@@ -21,6 +21,7 @@ class Method(nn.Module):
     augment = None      # None: data.augment; as a class attribute: staticmethod(my_augment)
     frozen = ()         # names of submodules that are not trained: checkpoints leave them out
     whole_batch = ()    # names of submodules that are given the gathered batch of all processes
+    of_identities = ()  # beginnings of names of what belongs to the training identities
     recomputed = ()     # classes of modules that obey --checkpoint-activations
     sasgl = None        # the SASGL whose silhouettes are drawn and measured
     warm_up_steps = 0   # so many steps train warm_up_module alone, before the rest may use it
@@ -40,7 +41,7 @@ class Method(nn.Module):
 
     def embed(self, frames, modality):
         """Normalised frames (B, T, 3, H, W), modality (B,), 0 visible, 1 infrared -> embeddings
-        (B, parts, dim), or {stream: (B, parts, dim)} of different sizes."""
+        (B, parts, dim). Parts of fewer numbers are padded with zeros: distances stay the same."""
         raise NotImplementedError
 
     def forward(self, frames, modality, label):
@@ -58,7 +59,7 @@ class Method(nn.Module):
 
     def streams_of(self, embeddings):
         """What embed gives for N tracklets -> {stream: (N, parts, dim)}, each ranked alone too."""
-        return embeddings if isinstance(embeddings, dict) else {}
+        return {}
 
     def reading(self, frames):
         """Frames (B, T, 3, H, W) -> where each frame's token looks (B, T, h, w) or None, and the

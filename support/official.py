@@ -4,7 +4,7 @@ import os
 
 from support.dinov2 import load_dinov2
 from support.files import UserError
-from support.weights import load_strictly, read_tensors
+from support.weights import load_strictly, read_pretrained, read_tensors
 
 import torch
 
@@ -59,7 +59,7 @@ def load_release(method, folder):
     """method: the class DinoGRL; folder: of the authors' three files -> the model in eval mode,
     with exactly their embeddings, and its config as a dict.
 
-    Raises UserError that lists every tensor that does not fit, under the authors' name."""
+    Raises UserError that says which tensors do not fit, under the authors' names."""
     class Empty(method):
         def prior(self):    # best_shape.pth holds DINOv2 too
             return load_dinov2(self.options.dinov2, pretrained=False)
@@ -73,29 +73,15 @@ def load_release(method, folder):
     config = {"size": (256, 128), "frames": 6, "test_frames": 0, "frame_rule": "", "data": "",
               "reader": "", "workers": min(8, os.cpu_count() or 1), "test_batch": 32}
     model = Empty(method.Options(), classes, config["size"], pretrained=False)
-    shapes = {official_name(name): tensor.shape for name, tensor in model.state_dict().items()}
     held = {f"{file}: {name}": tensor for file, tensors in files.items()
             for name, tensor in tensors.items() if not any(part in name for part in UNUSED)}
-    wrong = [f"{name} is missing" for name in shapes if name not in held]
-    for name, tensor in held.items():
-        if name not in shapes:
-            wrong.append(f"{name} is surplus")
-        elif tensor.shape != shapes[name]:
-            wrong.append(f"{name} is {tuple(tensor.shape)}, expected {tuple(shapes[name])}")
-    if wrong:
-        raise UserError(f"{folder} does not fit this DinoGRL: {'; '.join(wrong)}")
-    model.load_state_dict({name: held[official_name(name)] for name in model.state_dict()})
+    load_strictly(model, held, f"{folder} (as DinoGRL)", official_name)
     torch.backends.cudnn.allow_tf32 = False    # their embeddings to float32's last digits
     return model.eval(), config
 
 
 def load_mask_branch(mask_branch, path):
-    """BigGait's mask branch, under the key `model` of its file; bn_t is not used. Raises
-    UserError."""
-    tensors = read_tensors(path)
-    if "model" not in tensors:
-        raise UserError(f"{path} has no key `model`; expected BigGait's MaskBranch file; see "
-                        "docs/weights.md")
-    used = {name: tensor for name, tensor in tensors["model"].items()
+    """BigGait's mask branch; its bn_t is not used. Raises UserError."""
+    used = {name: tensor for name, tensor in read_pretrained(path).items()
             if not name.startswith("bn_t.")}
-    load_strictly(mask_branch, used, path)
+    load_strictly(mask_branch, used, f"{path} (as BigGait's mask branch)")

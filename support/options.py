@@ -72,9 +72,10 @@ def typed(parser, words=None):
             for name, value in vars(parser.parse_args(words)).items()}
 
 
-def configure(parser, words, config_class, method, checkpoint=None):
+def configure(parser, words, config_class, method, resumed=None, start=None):
     """Add the options of a run and of its method to a parser -> both dataclasses, {name: value} of
-    what was typed. It overrides the checkpoint, or the method's recipe and preset."""
+    what was typed. It overrides the checkpoint to resume, or the method's recipe and preset with
+    what the network of the checkpoint to start from needs."""
     parser.add_argument("--preset", choices=("paper", "small"), help="default: small for walkers")
     add_options(parser, config_class, method.recipe, method.small)
     own = parser.add_argument_group(f"of {method.__name__}")
@@ -83,10 +84,12 @@ def configure(parser, words, config_class, method, checkpoint=None):
     data = given.get("data")
     is_walkers = not data or os.path.isfile(f"{data}/walkers.json")
     values = method.recipe
-    if checkpoint:
-        values = checkpoint["config"] | checkpoint["options"]
+    if resumed:
+        values = resumed["config"] | resumed["options"]
     elif given.get("preset", "small" if is_walkers else "paper") == "small":
         values = values | method.small
+    if start:
+        values = values | start["options"] | {"size": start["config"]["size"]}
     values = values | given
     return fill(config_class, values), fill(method.Options, values), given
 

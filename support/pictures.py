@@ -39,7 +39,9 @@ class Sheet:
 
     def text(self, x, y, words, width=math.inf, anchor="la", colour=BLACK):
         """One line of text; only its end if it is wider than `width`. anchor: which point of it is
-        at (x, y), as in pillow; "la" is the upper left corner."""
+        at (x, y), as in pillow; "la" is the upper left corner. The font knows ASCII alone: other
+        letters are escaped, so that two names do not look alike."""
+        words = words.encode("ascii", "backslashreplace").decode()
         while self.font.getlength(words) > width:
             words = words[1:]
         self.pen.text((x, y), words, fill=colour, font=self.font, anchor=anchor)

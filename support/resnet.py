@@ -11,7 +11,7 @@ out, and its weights were trained like that. A ReLU would change its embeddings.
 """
 from functools import partial
 
-from support.weights import download, load_strictly, read_tensors
+from support.weights import download, load_strictly, read_pretrained
 
 import torch
 import torch.nn.functional as F
@@ -102,7 +102,7 @@ def load_resnet50(source, stems, stages):
             "--resnet-weights random (much worse)", torch.hub.load_state_dict_from_url,
             RESNET50_URL, map_location="cpu", check_hash=True, weights_only=True)
     else:
-        tensors = read_tensors(source)
+        tensors = read_pretrained(source)
     for module in [*stems, *stages]:
         prefixes = tuple(f"{name}." for name, _ in module.named_children())
         own = {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}

