@@ -24,9 +24,8 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import train
-from support.files import UserError, in_short, read_json, read_lines, read_log, write_picture
+from support.files import UserError, in_short, read_json, read_lines, read_log
 from support.options import Parser, add_options, cli, fill, option
-from support.pictures import BLACK, COLOURS, Chart, Sheet
 
 RANK_1, MINUS = "Rank-1", " minus "
 # 97.5 % quantiles of Student's t with 1, 2, 3, ... degrees of freedom.
@@ -38,7 +37,6 @@ class Options:
     seeds: int = option(3, "seeds 1..N; 1 gives no interval, 3 a wide one")
     out: str = option("runs/compare", "folder of the runs")
     jobs: int = option(1, "runs at the same time, which share the CPU cores")
-    figure: str = option("", "FILE.png: draw every seed and the means")
 
 
 def read_command_line():
@@ -174,22 +172,6 @@ def table(rows):
             "Mean ± standard deviation; mean difference (95 % interval; with 0: not significant).")
 
 
-def draw(rows):
-    """-> PIL image: Rank-1 of each seed (dots) and the mean (bars), also of streams alone."""
-    lines = [(name if column == RANK_1 else column, values) for name, row in rows.items()
-             for column, values in row.items() if column == RANK_1 or column.endswith("alone")]
-    labels = ["", *(label for label, _ in lines), ""]
-    heights = range(-len(lines), 2)    # line i is at y = -i, between two empty ones
-    sheet = Sheet(2600, 336 + 100 * len(heights), 52)
-    chart = Chart(sheet, 680, 2400, f"{RANK_1} (%) of each seed, and the mean", range(0, 101, 20),
-                  heights, lambda y: labels[1 - y])
-    for i, (label, values) in enumerate(lines):
-        for value in values:
-            chart.dot(value, -i, COLOURS[label not in rows])
-        chart.line([(mean(values), -i - 0.3), (mean(values), -i + 0.3)], BLACK, 12)
-    return sheet.image.reduce(2)
-
-
 def main():
     options, variants = read_command_line()
     os.makedirs(options.out, exist_ok=True)
@@ -197,10 +179,7 @@ def main():
     runs = [(Path(options.out, f"{slug}-seed{seed}"), variant, seed)
             for seed in range(1, options.seeds + 1) for slug, variant in variants.items()]
     train_all(runs, options.jobs)
-    rows = rows_of(runs)
-    print(table(rows))
-    if options.figure:
-        write_picture(options.figure, draw(rows))
+    print(table(rows_of(runs)))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 from support.check import check, main_of
 from support.files import UserError, integers, parsed, read_json
-from support.footage import find_footage, normalise, read_frame
+from support.footage import find_footage, normalise, read_frames
 from support.options import cli, load_own
 
 import numpy as np
@@ -241,15 +241,12 @@ class Frames(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.tracklets)
 
-    def paths(self, index, seed=None):
-        """The T frames that are drawn."""
-        frames = self.tracklets[index].frames
-        rng = None if seed is None else np.random.default_rng(seed)
-        return [frames[i] for i in FRAME_RULES[self.rule](len(frames), self.T, rng)]
-
     def __getitem__(self, key):
         index, seed = key if isinstance(key, tuple) else (key, None)
-        frames = torch.stack([read_frame(path, self.size) for path in self.paths(index, seed)])
+        frames = self.tracklets[index].frames
+        rng = None if seed is None else np.random.default_rng(seed)
+        drawn = FRAME_RULES[self.rule](len(frames), self.T, rng)
+        frames = read_frames([frames[i] for i in drawn], self.size)
         return frames, MODALITIES.index(self.tracklets[index].modality), index
 
 

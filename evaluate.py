@@ -16,13 +16,12 @@ Quick question: why does mINP fall when mAP hardly moves? (It asks how far one m
 *last* tracklet of the person: one hard tracklet in a hundred spoils it.)
 
 Ours, not the papers': mINP; the silhouettes' IoU; float32 (with cuDNN's TF32, but for the authors'
-files); each stream alone; re-ranking (Zhong et al., CVPR 2017); --all-frames.
+files); each stream alone; re-ranking (Zhong et al., CVPR 2017); the equal error.
 """
 import os
 import time
-from dataclasses import replace
 
-from data import DIRECTIONS, Frames, chunks, load_dataset
+from data import DIRECTIONS, Frames, load_dataset
 from support import parallel, pictures
 from support.check import unranked
 from support.files import UserError, write_json, write_log
@@ -37,44 +36,23 @@ RANKS = 1, 5, 10, 20
 
 # ------------------------------------------------------------- embeddings ----
 
-def clips(tracklet, T):
-    """--all-frames: a tracklet of n frames -> ceil(n / T) tracklets of T frames, which together
-    hold every frame. Clip j takes the j-th frame of each of T chunks: it spans the whole walk."""
-    n, made = len(tracklet.frames), []
-    for j in range(-(-n // T)):
-        places = np.minimum(chunks(n, T) + j, n - 1)
-        made.append(replace(tracklet, frames=tuple(tracklet.frames[i] for i in places)))
-    return made
-
-
 @torch.inference_mode()
-def embed_tracklets(model, tracklets, config, rule="chunks", all_frames=False, seen=None):
-    """N tracklets -> embeddings (N, parts, dim), float32 on the CPU; all_frames: the mean over
-    clips. seen: a list to which the silhouettes of each batch, (B * T, h, w), are appended."""
+def embed_tracklets(model, tracklets, config, rule="chunks"):
+    """N tracklets -> embeddings (N, parts, dim), float32 on the CPU."""
     model.eval()
     T = config.test_frames or config.frames
-    clips_of = [clips(t, T) if all_frames else [t] for t in tracklets]
-    owner = torch.tensor([i for i, own in enumerate(clips_of) for _ in own])    # of each clip
-    every_clip = [clip for own in clips_of for clip in own]
-    frames_of_clips = Frames(every_clip, size=config.size, T=T, rule=rule)
     loader = torch.utils.data.DataLoader(
-        frames_of_clips,
+        Frames(tracklets, size=config.size, T=T, rule=rule),
         batch_size=config.test_batch,
         num_workers=config.workers,
         pin_memory=model.device.type == "cuda",
         generator=torch.Generator(),
         worker_init_fn=parallel.ignore_interrupts)
-
     batches = []
     for frames, modality, _ in progress(loader, "embedding"):
         frames = normalise(frames.to(model.device, non_blocking=True))
         batches.append(model.embed(frames, modality).float().cpu())
-        if seen is not None and model.sasgl is not None:    # seen there: this batch's Codes
-            seen.append(model.sasgl.seen.silhouette.cpu())
-
-    of_clips = torch.cat(batches)
-    total = torch.zeros(len(tracklets), *of_clips.shape[1:]).index_add_(0, owner, of_clips)
-    return total / owner.bincount()[:, None, None]
+    return torch.cat(batches)
 
 
 # ------------------------------------------------------ distances, scores ----
@@ -192,38 +170,11 @@ def labels_of(dataset, direction):
     return match, ~(match & same_camera & dataset.ignore_same_camera)
 
 
-def embed_test(model, dataset, config, all_frames):
-    """Each process embeds its share of the test tracklets -> embeddings, the silhouettes' overlaps
-    with the true masks; None in all processes but the first."""
-    rank, world = parallel.processes()
-    parallel.take_buffers_of_first(model)    # all use the batch norms of process 0
-    rule = config.frame_rule or dataset.frame_rule
-    share = np.array_split(np.arange(len(dataset.test)), world)[rank]
-    mine = [dataset.test[i] for i in share] or dataset.test[:1]    # one for its shape, cut below
-    seen, ious = [], []
-
-    embeddings = embed_tracklets(model, mine, config, rule, all_frames, seen)
-    if seen and not all_frames:
-        T = config.test_frames or config.frames
-        frames_of = Frames(mine, size=config.size, T=T, rule=rule)
-        # Empty without true masks, which walkers have.
-        ious = pictures.ious(torch.cat(seen).split(T), frames_of, dataset.root)
-
-    # All shares, in order, in process 0.
-    collected = parallel.collect((embeddings[:len(share)], ious))
-    if collected is None:
-        return None
-    embeddings, ious = zip(*collected, strict=True)
-    return torch.cat(embeddings), sum(ious, [])
-
-
-def evaluate(model, dataset, config, rerank=False, all_frames=False):
+def evaluate(model, dataset, config, rerank=False):
     """-> results (of both directions, of each stream alone, the silhouettes' IoU), {direction:
-    (distance, match, valid)}; in all processes but the first None."""
-    embedded = embed_test(model, dataset, config, all_frames)
-    if embedded is None:
-        return None
-    embeddings, ious = embedded
+    (distance, match, valid)}."""
+    rule = config.frame_rule or dataset.frame_rule
+    embeddings = embed_tracklets(model, dataset.test, config, rule)
 
     # Both directions, by the whole embedding and by each stream alone.
     found, directions, errors, streams = {}, {}, {}, {}
@@ -234,9 +185,8 @@ def evaluate(model, dataset, config, rerank=False, all_frames=False):
         for name, own in model.streams_of(embeddings).items():
             distance = distance_of(dataset, d, own, model.device, rerank)
             streams.setdefault(name, {})[d] = score(distance, *labels)
-    iou = sum(ious) / len(ious) if ious else None
-    results = {"directions": directions, "streams": streams, "silhouette_iou": iou,
-               "equal_error": errors}
+    results = {"directions": directions, "streams": streams, "equal_error": errors,
+               "silhouette_iou": pictures.mean_iou(model, dataset, config.size)}
     return results, found
 
 
@@ -265,23 +215,25 @@ def table(results):
 
 def report(model, dataset, config, folder, head, log=(), **how):
     """Evaluate and print the table; write results.json and pictures into `folder` unless it is "".
-    log: the run's, whose last line gets Rank-1; head: more for results.json; how: of
-    evaluate."""
+    log: the run's, whose last line gets Rank-1; head: more for results.json; how: of evaluate. Of
+    several processes the first does it."""
+    if parallel.processes()[0] > 0:
+        parallel.wait_for_all()
+        return
     start = time.time()
-    found = evaluate(model, dataset, config, **how) if dataset.test else None
-    if found:
-        results, ranked = found
+    if dataset.test:
+        results, ranked = evaluate(model, dataset, config, **how)
         seconds = sum(line["seconds"] for line in log) + time.time() - start
         results = {**head, "dataset": dataset.name, **results, "seconds": round(seconds, 1)}
         print(f"\n{table(results)}\n", flush=True)
         if folder:
             write_json(os.path.join(folder, "results.json"), results)
             pictures.write_ranking(folder, dataset, ranked, config.size)
-    if folder and parallel.processes()[0] == 0:
-        if found and log:
+        if log:
             log[-1] |= for_the_log(results["directions"])
             log[-1]["streams"] = {name: for_the_log(own)
                                   for name, own in results["streams"].items()}
+    if folder:
         pictures.write_sheets(folder, model, dataset, config.size, log, head)
         if log:
             write_log(folder, log)
@@ -304,7 +256,7 @@ def main():
     if not dataset.test:
         raise UserError(f"nothing to test on in {config.data}; expected query/ and gallery/, or a "
                         "benchmark: name one by --data")
-    how = {name: True for name in ("rerank", "all_frames") if name in given}
+    how = {"rerank": True} if "rerank" in given else {}
     head = {"method": trained["method"], **how}
     if trained["dataset"] not in ("", dataset.name):
         head["trained_on"] = trained["dataset"]

@@ -36,9 +36,8 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
-from support.clip import CLIP_MODELS, Attention, Block, Mlp, load_clip, prompt_of
+from support.clip import CLIP_MODELS, Attention, Block, load_clip, prompt_of
 from support.files import UserError
-from support.footage import normalise
 from support.method import Method
 from support.options import option
 from support.parallel import gathered
@@ -282,7 +281,6 @@ class LSMRL(Method):
              "test_frames": 8, "evaluate_every": 2, "lr": 5e-4, "boost": 5.0, "warmup_epochs": 0,
              "size": (128, 64), "workers": 0, "erase": 0.0, "clip": "tiny", "split": (2, 1, 1),
              "groups": 4, "contrast": 3.0}
-    recomputed = (Attention, Mlp)
     whole_batch = ("heads",)
     of_identities = "heads", "prompts", "bank"
 
@@ -431,18 +429,7 @@ class LSMRL(Method):
         return [{"params": slow, "factor": 1}, {"params": fast, "factor": self.options.boost}]
 
 
-def main():
-    """The losses of the small preset on a few walkers."""
-    from support.options import fill
-    from walkers import sample
+if __name__ == "__main__":    # the losses on a few walkers, untrained
+    from walkers import show_losses
 
-    torch.manual_seed(1)
-    model = LSMRL(fill(Options, LSMRL.small), classes=4, size=(128, 64))
-    frames, modality, label = sample(people=4, T=2)
-    losses, _ = model(normalise(frames), modality, label)
-    for name, loss in losses.items():
-        print(f"{name:20} {loss.item():8.4f}")
-
-
-if __name__ == "__main__":
-    main()
+    show_losses(LSMRL)

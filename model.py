@@ -24,15 +24,14 @@ import math
 from dataclasses import dataclass
 
 from pbmge import PBMGE
-from sasgl import SASGL, DenoisingBranch
+from sasgl import SASGL
 from support.dinov2 import load_dinov2
 from support.files import UserError
-from support.footage import normalise
 from support.method import Method
 from support.official import load_mask_branch
 from support.options import option
 from support.parallel import gathered
-from support.resnet import BasicBlock, Bottleneck, Stages, Stem, load_resnet50
+from support.resnet import Stages, Stem, load_resnet50
 
 import torch
 import torch.nn.functional as F
@@ -199,7 +198,6 @@ class DinoGRL(Method):
              "resnet_weights": "random", "mask_warmup": 80, "mask_lr": 5e-2, "dim": 64, "width": 8,
              "blocks": (1, 1, 1, 1), "strips": (1, 2, 4, 8), "strides": (1, 1, 2, 1),
              "gait_strides": (2, 1, 1, 1), "dino_size": (336, 168), "code_size": (32, 16)}
-    recomputed = (Bottleneck, BasicBlock, DenoisingBranch)    # by --checkpoint-activations
 
     def __init__(self, options, classes, size, pretrained=True):
         super().__init__()
@@ -288,18 +286,7 @@ class DinoGRL(Method):
         return self.streams["gait"].warm_up_losses(frames)
 
 
-def main():
-    """The losses of the small preset's network, untrained, on a few walkers."""
-    from support.options import fill
-    from walkers import sample
+if __name__ == "__main__":    # the losses on a few walkers, untrained
+    from walkers import show_losses
 
-    torch.manual_seed(1)
-    model = DinoGRL(fill(Options, DinoGRL.small), classes=4, size=(128, 64))
-    frames, modality, label = sample(people=4, T=3)
-    losses, _ = model(normalise(frames), modality, label)
-    for name, loss in losses.items():
-        print(f"{name:20} {loss.item():8.4f}")
-
-
-if __name__ == "__main__":
-    main()
+    show_losses(DinoGRL)

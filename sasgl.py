@@ -205,7 +205,6 @@ class SASGL(nn.Module):
             raise UserError(f"dino_size {dino_size}; expected multiples of the patch, {patch}")
         self.grid = dino_size[0] // patch, dino_size[1] // patch
         self.dino_size, self.code_size, self.channels = dino_size, code_size, channels
-        self.seen = None    # the Codes of the last forward in evaluation
         self.prior = prior.requires_grad_(False).eval()
         self.blocks = levels_of(prior)    # the last of each quarter: 2, 5, 8, 11 of 12
         self.mask_branch = MaskBranch(prior.embed_dim)
@@ -272,7 +271,6 @@ class SASGL(nn.Module):
         B, T = frames.shape[:2]
         codes, losses = self.encode(frames.flatten(0, 1))
         denoising, appearance = codes.denoising, codes.appearance
-        self.seen = None if self.training else codes
         if self.training:
             with torch.autocast(frames.device.type, enabled=False):
                 # Without the last channel: the sum over all 16 would be 1 all over the body.

@@ -29,6 +29,8 @@ from support.weights import add_run_options, digest, load_run
 import numpy as np
 import torch
 
+SAVED = "embeddings.npy"    # in the folder of a saved gallery
+
 
 @dataclass
 class Options:
@@ -38,7 +40,6 @@ class Options:
     query_modality: str = option(INFRARED, "of all queries", MODALITIES)
     gallery_modality: str = option(VISIBLE, "of the whole gallery", MODALITIES)
     top: int = option(10, "places in each list")
-    json: str = option("", "FILE: write the ranked lists there")
     figure: str = option("", "FILE.png: draw the first eight places of eight queries")
 
 
@@ -74,8 +75,7 @@ def readable(found, path):
 
 
 def embed_footage(model, config, path, modality, how, is_skipping):
-    """-> {name: paths of its frames}, embeddings (N, parts, dim). Raises UserError that names every
-    unreadable frame."""
+    """-> {name: paths of its frames}, embeddings (N, parts, dim). Raises UserError."""
     found = find_footage(path)
     if list(found) == [os.path.basename(os.path.abspath(path))]:
         print(f"{path} itself holds frames: they are one tracklet; give each tracklet a folder")
@@ -83,24 +83,25 @@ def embed_footage(model, config, path, modality, how, is_skipping):
         found = readable(found, path)
     frames = [frame for frames in found.values() for frame in frames]
     for note in notes_on(frames):
-        print("note:", note)
+        print(f"note: {path}: {note}")
     tracklets = [Tracklet(frames, None, None, modality) for frames in found.values()]
-    try:
-        return found, embed_tracklets(model, tracklets, config, how["frame_rule"],
-                                      how["all_frames"])
-    except UserError:
-        broken = list(torn(frames).values())
-        if not broken:
-            raise
-        raise UserError("\n".join([*broken[:MOST], f"{len(broken)} of {len(frames)} frames cannot "
-                                   "be read; extract them again, or remove them, or go on without "
-                                   "them by --skip-unreadable"])) from None
+    return found, embed_tracklets(model, tracklets, config, how["frame_rule"])
+
+
+def name_torn(*folders):
+    """Raises UserError that names the frames of all these folders that cannot be read, if any."""
+    broken = [*torn([frame for folder in folders for frames in find_footage(folder).values()
+                     for frame in frames]).values()]
+    if broken:
+        raise UserError("\n".join([*broken[:MOST], f"{len(broken)} frames cannot be read; extract "
+                                   "them again, or remove them, or go on without them by "
+                                   "--skip-unreadable"]))
 
 
 def open_gallery(model, config, options, how, is_skipping):
     """-> embeddings (G, parts, dim), {name: three frames}. how: by which model, with which frames;
     a saved gallery must have been embedded in the same way. Raises UserError."""
-    saved = Path(options.gallery, "embeddings.npy")
+    saved = Path(options.gallery, SAVED)
     if saved.is_file():
         about = read_json(saved.with_name("names.json"))
         if about["how"] != how:
@@ -114,7 +115,7 @@ def open_gallery(model, config, options, how, is_skipping):
     if options.save:
         write_json(f"{options.save}/names.json", {"how": how, "shown": shown})
         # The last file, because it makes the folder a saved gallery.
-        write_atomic(f"{options.save}/embeddings.npy", lambda file: np.save(file, embeddings))
+        write_atomic(f"{options.save}/{SAVED}", lambda file: np.save(file, embeddings))
         print(f"{len(embeddings):,} tracklets embedded in {options.save}")
     return embeddings, shown
 
@@ -130,12 +131,17 @@ def main():
         raise UserError("nothing to search; expected --gallery and --query, or --save; see --help")
     model, config, trained = load_run(given.get("checkpoint", ""), given)
     how = {"model": digest(model), "frames": config.test_frames or config.frames,
-           "frame_rule": config.frame_rule or "chunks", "all_frames": "all_frames" in given}
+           "frame_rule": config.frame_rule or "chunks"}
     is_skipping = "skip_unreadable" in given
-    if options.query:    # first: the shorter wait if something is wrong
-        queries, query = embed_footage(model, config, options.query, options.query_modality, how,
-                                       is_skipping)
-    gallery, shown = open_gallery(model, config, options, how, is_skipping)
+    try:
+        if options.query:    # first: the shorter wait if something is wrong
+            queries, query = embed_footage(model, config, options.query, options.query_modality,
+                                           how, is_skipping)
+        gallery, shown = open_gallery(model, config, options, how, is_skipping)
+    except UserError:    # of one frame
+        name_torn(*(folder for folder in (options.query, options.gallery)
+                    if folder and not Path(folder, SAVED).is_file()))
+        raise
     if not options.query:
         return
     if trained["dataset"] == "walkers":
@@ -152,12 +158,6 @@ def main():
             print(f"{len(row):6}{distance:12.4f}  {other}")
             row.append(Found(other, shown[other], GREY, distance))
         rows.append(row)
-    if options.json:
-        answers = [
-            {"query": asked.caption, "modality": modality, "frames": len(asked.frames),
-             "ranked": [{"tracklet": hit.caption, "distance": hit.distance} for hit in hits]}
-            for asked, *hits in rows]
-        write_json(options.json, {"gallery": len(gallery), "queries": answers})
     if options.figure:    # the first eight places of eight queries
         image = draw_ranking([row[:9] for row in rows[:8]], config.size)
         write_picture(options.figure, image)

@@ -30,7 +30,7 @@ import walkers
 from data import Frames, IdentitySampler, augment, load_dataset
 from evaluate import report
 from support import parallel, weights
-from support.files import UserError, check_free, new_run, write_json
+from support.files import UserError, new_run, write_json
 from support.options import Parser, cli, configure, early, load_method, option, progress
 
 import numpy as np
@@ -45,9 +45,6 @@ class Config:
     seed: int = option(1, "report the spread of at least 3")
     precision: str = option("auto", "auto: float32 on a CPU, bfloat16 or float16 on a GPU",
                             ("auto", "bfloat16", "float16", "float32"))
-    checkpoint_activations: bool = option(
-        False, "compute activations twice: half the memory, 1.2 times the time; running statistics "
-        "of batch norms move twice a step")
     evaluate_every: int = option(0, "epochs between evaluations; 0: after the last alone")
     device: str = option("", "cuda, cuda:1, cpu; default: cuda if there is one")
     data: str = option("", "HITSZ-VCM, BUPTCampus, or your own folders; none: walkers")
@@ -221,7 +218,6 @@ def read_command_line(words=None):
     parser.add_argument("--run", metavar="DIR", help="its folder; default: a new one in runs/")
     parser.add_argument("--resume", metavar="RUN", help="a run's folder, to go on with its options")
     config, options, given = configure(parser, words, Config, method, checkpoint, start)
-    check_free(given.get("run"))    # now, and not after all is loaded
     return SimpleNamespace(config=config, options=options, method=method, run=given.get("run"),
                            resume=first["resume"].removesuffix("/last.pt"), checkpoint=checkpoint,
                            start=start)
@@ -235,13 +231,14 @@ def main():
     dataset = training_data(config)
     loader = loader_of(config, method, dataset, device)
     torch.manual_seed(config.seed)
+    source = checkpoint or asked.start
+    classes = checkpoint["classes"] if checkpoint else dataset.classes
     with parallel.first_goes_first():    # pre-trained weights are downloaded once a machine
-        if checkpoint:
-            model = weights.rebuild(method, asked.options, config.size, checkpoint, asked.resume)
-        else:
-            model = method(asked.options, len(dataset.classes), config.size, not asked.start)
-            if asked.start:
-                weights.take_weights(model, asked.start, config.init, model.of_identities)
+        model = method(asked.options, len(classes), config.size, pretrained=not source)
+    if checkpoint:
+        weights.take_weights(model, checkpoint, asked.resume)
+    elif source:
+        weights.take_weights(model, source, config.init, but=model.of_identities)
     torch.manual_seed(config.seed + 10 ** 6 * rank)    # dropout of its own
     model.to(device)
     optimizer = getattr(torch.optim, config.optimizer)(
@@ -255,8 +252,8 @@ def main():
         log = weights.restore(checkpoint, run, config, dataset, optimizer, scaler, device)
     else:
         stem, log = os.path.basename(config.method).replace(".py:", "-").lower(), []
-        run = parallel.from_first(lambda: new_run(asked.run, f"{stem}-{dataset.name}"))
-    if rank == 0:
+        run = new_run(asked.run, f"{stem}-{dataset.name}") if rank == 0 else ""
+    if rank == 0:    # which alone writes
         chosen = {"config": asdict(config), "options": asdict(asked.options)}
         write_json(f"{run}/config.json", chosen)
     parallel.say(f"{config.method} on {dataset.name}: {len(dataset.classes)} training identities, "
@@ -267,21 +264,17 @@ def main():
                    asked.options)
     test = partial(report, model, dataset, config, run, {"method": config.method}, log)
     try:
+        if not source:
+            warm_up(model, loader, augmented, config)
         if not checkpoint:
-            if not asked.start:
-                warm_up(model, loader, augmented, config)
             save()    # from here on a run that is killed can be resumed
-        if config.checkpoint_activations:
-            model.recompute_activations()
         if len(log) >= config.epochs or is_due(config, len(log)) and "rank-1" not in log[-1]:
             test()    # which adds rank-1: the run was stopped before, or has nothing to train
         train(config, dataset, loader, augmented, model, autocast, optimizer, scaler, log, save,
               test)
     except KeyboardInterrupt:
-        how = f"go on after the last whole epoch: python train.py --resume {run}"
-        if not os.path.exists(f"{run}/last.pt"):
-            how = f"before the first checkpoint; remove {run} and start again"
-        raise KeyboardInterrupt(f"interrupted; {how}") from None
+        raise KeyboardInterrupt("interrupted; go on after the last whole epoch: python train.py "
+                                f"--resume {run}") from None
     parallel.leave()
 
 

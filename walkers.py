@@ -33,8 +33,8 @@ from pathlib import Path
 
 from support import pedestrian
 from support.files import UserError
-from support.footage import read_frame
-from support.options import Parser, cli, progress
+from support.footage import normalise, read_frame
+from support.options import Parser, cli, fill, progress
 from support.pedestrian import HAIR, ROLES, SKIN, Garment, View, Walker, draw_walker
 
 import numpy as np
@@ -347,6 +347,16 @@ def sample(people, T):
             frames.append(torch.stack([read_frame(frame, (128, 64)) for frame, _ in walk]))
     modality = torch.arange(2).repeat_interleave(people)
     return torch.stack(frames), modality, torch.arange(people).repeat(2)
+
+
+def show_losses(method):
+    """Print the losses of a method's small preset, untrained, on a few walkers."""
+    torch.manual_seed(1)
+    model = method(fill(method.Options, method.small), classes=4, size=(128, 64))
+    frames, modality, label = sample(people=4, T=3)
+    losses, _ = model(normalise(frames), modality, label)
+    for name, loss in losses.items():
+        print(f"{name:20} {loss.item():8.4f}")
 
 
 def main():

@@ -79,12 +79,6 @@ def write_picture(path, picture):
     write_atomic(path, lambda file: picture.save(file, format="PNG"))
 
 
-def check_free(run):
-    """Raises UserError if the folder of a run (None: not chosen yet) exists already."""
-    if run and os.path.exists(run):
-        raise UserError(f"{run} exists already; choose another --run, or go on by --resume {run}")
-
-
 def new_run(path, stem):
     """Make the folder of a run: path, or runs/STEM-1, -2, ... -> its path. Raises UserError."""
     number = 1
@@ -94,7 +88,8 @@ def new_run(path, stem):
     try:
         os.makedirs(folder)
     except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror}); take another --run") from None
+        raise UserError(f"{folder} cannot be made ({error.strerror}); choose another --run, or go "
+                        f"on by --resume {folder}") from None
     return folder
 
 

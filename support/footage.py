@@ -11,17 +11,14 @@ from support.files import UserError, in_short
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageFile, ImageOps
 
-# Pixels count, whatever stands beside them: no warnings about metadata, no limit on texts.
-warnings.filterwarnings("ignore", module="PIL")
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 31
+warnings.filterwarnings("ignore", module="PIL")    # about metadata: pixels count
 
 # "walk.gif#3": picture 3, counted from 0, of an animated file.
 ANIMATED = re.compile(r"(.+\.(?:gif|tiff?|webp|apng|avifs?))#(\d+)\Z", re.IGNORECASE | re.DOTALL)
 # In what pillow says of a file: colours of 16 bits, of which it keeps 8; PPM's largest value.
 DEEP_COLOUR = re.compile(r";16|'RGB', \d{4}")
-NEW_SUBFILE_TYPE, REDUCED = 254, 1    # a TIFF's tag, and its bit
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])    # ImageNet's
 
 # ------------------------------------------------------------- one frame ----
@@ -41,7 +38,7 @@ def picture(image, size):
     H, W = size
     is_gray = image.mode.startswith(("I", "F"))    # I, F, I;16 and its byte orders
     if not is_gray and DEEP_COLOUR.search(str(getattr(image, "tile", ""))):
-        raise ValueError("it has colours of more than 8 bits: convert it to 8 bits or to gray")
+        raise ValueError("it has colours of up to 16 bits: convert it to 8 bits, or to gray")
     image = upright(image)
     if 0 in image.size:
         raise ValueError("it has no pixels")
@@ -64,7 +61,9 @@ def opened(frame):
     UserError that names it."""
     try:
         image = Image.fromarray(frame) if isinstance(frame, np.ndarray) else frame
+        ImageFile.LOAD_TRUNCATED_IMAGES = True    # metadata may be torn, ...
         with Image.open(frame) if is_path(frame) else nullcontext(image) as image:
+            ImageFile.LOAD_TRUNCATED_IMAGES = False    # ... pixels may not
             yield image
     except Exception as error:    # pillow raises a dozen types for a bad file
         name = frame if is_path(frame) else f"a frame of type {type(frame).__name__}"
@@ -79,7 +78,7 @@ def pages(image):
     for n in range(1 if image.format == "MPO" else getattr(image, "n_frames", 1)):
         if image.format == "TIFF":
             image.seek(n)
-        if not getattr(image, "tag_v2", {}).get(NEW_SUBFILE_TYPE, 0) & REDUCED:
+        if not getattr(image, "tag_v2", {}).get(254, 0) & 1:    # the tag of reduced pages
             numbers.append(n)
     return numbers or [0]
 
@@ -129,7 +128,7 @@ def notes_on(frames):
             width, height = upright(image).size
             wide += width > height
     return ["the frames are wider than high; expected crops of one person, twice as high as wide"
-            ] if wide > len(some) / 2 else []
+            ] if 2 * wide > len(some) else []
 
 
 def true_masks(root, frames, size):

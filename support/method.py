@@ -3,10 +3,7 @@
 A method is a subclass. It must have `Options`, `embed` and `forward`; it overrides what else it
 wants. docs/method.md shows a loss, a part, a stream, a sampler and an augmentation of your own.
 """
-from functools import partial
-
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 
 class Method(nn.Module):
@@ -22,18 +19,10 @@ class Method(nn.Module):
     frozen = ()         # names of submodules that are not trained: checkpoints leave them out
     whole_batch = ()    # names of submodules that are given the gathered batch of all processes
     of_identities = ()  # beginnings of names of what belongs to the training identities
-    recomputed = ()     # classes of modules that obey --checkpoint-activations
     sasgl = None        # the SASGL whose silhouettes are drawn and measured
     warm_up_steps = 0   # so many steps train warm_up_module alone, before the rest may use it
     warm_up_module = ""    # its name
     warm_up_lr = 1e-2   # the rate falls from here to 0
-
-    def recompute_activations(self):
-        """--checkpoint-activations: modules of the `recomputed` classes keep their input alone, and
-        compute the rest again in the backward pass. [ours]"""
-        for module in self.modules():
-            if isinstance(module, self.recomputed):
-                module.forward = partial(checkpoint, module.forward, use_reentrant=False)
 
     @property
     def device(self):

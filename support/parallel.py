@@ -100,23 +100,6 @@ def first_goes_first():
         wait_for_all()
 
 
-def from_first(make):
-    """make() of process 0, in all processes."""
-    values = [make() if processes()[0] == 0 else None]
-    if several():
-        dist.broadcast_object_list(values)
-    return values[0]
-
-
-def collect(value):
-    """A value of each process -> the list of all in process 0, None in the others."""
-    rank, world = processes()
-    values = [value] * world if rank == 0 else None
-    if several():
-        dist.gather_object(value, values, group=patient)
-    return values
-
-
 def averaged(sums, steps):
     """{name: sum} -> {name: mean over steps and processes}."""
     values = torch.stack([value.double() for value in sums.values()]) / steps / processes()[1]
@@ -166,12 +149,6 @@ def average_gradients(module):
     for parameter in module.parameters() if several() else []:
         dist.all_reduce(parameter.grad)
         parameter.grad /= processes()[1]
-
-
-def take_buffers_of_first(model):
-    """Evaluate with the batch norms of process 0, which are also the ones that are saved."""
-    for buffer in model.buffers() if several() else []:
-        dist.broadcast(buffer, 0)
 
 
 def random_states(device):

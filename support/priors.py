@@ -33,6 +33,7 @@ from support.dinov2 import DINOV2, TINY, DinoVisionTransformer, levels_of, load_
 from support.files import UserError, read_json, write_atomic
 from support.footage import find_footage, read_frame, read_frames
 from support.options import Parser, cli, progress
+from support.pictures import evenly
 
 import torch
 import torch.nn.functional as F
@@ -46,12 +47,12 @@ STD = footage.STD[:, None, None]
 
 # ---------------------------------------------------------------- frames ----
 
-def evenly(path, number):
+def frames_of(path, number):
     """-> the paths of `number` frames of a folder, evenly taken. Raises UserError."""
-    paths = sum(find_footage(path).values(), ())
+    paths = [frame for frames in find_footage(path).values() for frame in frames]
     if len(paths) < number:
         raise UserError(f"{len(paths)} frames under {path}; expected {number}: lower --frames")
-    return [paths[i * len(paths) // number] for i in range(number)]
+    return evenly(paths, number)
 
 
 def cropped(frames, generator):
@@ -136,7 +137,7 @@ def make_dinov2(args, generator):
     steps = args.steps or 12000
     held_out = max(16, args.frames // 20)
     teacher = load_dinov2("dinov2_vits14", args.dinov2_weights)
-    paths = progress(evenly(args.data, args.frames + held_out), "reading")
+    paths = progress(frames_of(args.data, args.frames + held_out), "reading")
     frames = cropped((read_frame(path, FRAME) for path in paths), generator)
     frames = frames[torch.randperm(len(frames), generator=generator)]
     target, variance = targets_of(teacher, frames, args.dino_size)
@@ -172,7 +173,7 @@ def load_people(path):
     sentences = read_json(f"{path}/sentences.json")
     pids = sorted(os.listdir(f"{path}/Train"))
     paths = [frame for pid in pids for modality in ("rgb", "ir")
-             for frame in evenly(f"{path}/Train/{pid}/{modality}", EACH)]
+             for frame in frames_of(f"{path}/Train/{pid}/{modality}", EACH)]
     frames = read_frames(progress(paths, "reading"), FRAME).view(-1, 2, EACH, 3, *FRAME)
     return frames, *clip.tokenized([sentences[str(int(pid))] for pid in pids])
 

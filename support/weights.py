@@ -30,8 +30,7 @@ def read_tensors(path):
 
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-          "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8,
-          "BOOL": torch.bool}
+          "BF16": torch.bfloat16, "I64": torch.int64}
 
 
 def read_safetensors(path):
@@ -120,13 +119,6 @@ def read_checkpoint(path):
     return checkpoint
 
 
-def rebuild(method, options, size, checkpoint, path):
-    """The model of a checkpoint. method: its class; options: its Options. Raises UserError."""
-    model = method(options, len(checkpoint["classes"]), size, pretrained=False)
-    take_weights(model, checkpoint, path)
-    return model
-
-
 def take_weights(model, checkpoint, path, but=()):
     """Load a checkpoint's tensors, except those whose names start with one of `but`. Raises
     UserError."""
@@ -186,7 +178,6 @@ def add_run_options(parser):
     """--checkpoint, and options that replace the run's own."""
     parser.add_argument("--checkpoint", metavar="RUN", help="a run's folder, its last.pt, or the "
                         "folder of the authors' three files")
-    parser.add_argument("--all-frames", action="store_true", help="every frame: slower, better")
     group = parser.add_argument_group("in place of the run's own values (see train.py --help)")
     for name in "data", "reader", "frame-rule", "device", "method":
         group.add_argument(f"--{name}")
@@ -220,7 +211,8 @@ def load_run(path, given=None):
         method = load_method(method_of(checkpoint, given.get("method", "")))
         config = checkpoint["config"]
         options = fill(method.Options, checkpoint["options"] | given)
-        model = rebuild(method, options, config["size"], checkpoint, path)
+        model = method(options, len(checkpoint["classes"]), config["size"], pretrained=False)
+        take_weights(model, checkpoint, path)
     if "frames" in given:    # counts here, unless test_frames is given too
         config["test_frames"] = 0
     config = {name: given.get(name, value) for name, value in config.items()}

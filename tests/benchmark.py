@@ -280,11 +280,9 @@ def small_step(method, steps):
               f"{frames.shape[:2].numel() / seconds:.4g} frames/s")
 
 
-def peak_of_steps(tracklets, T, precision, recomputed):
+def peak_of_steps(tracklets, T, precision):
     """-> bytes at most in two steps (Adam's moments come with the first); on a CPU, of all."""
     model, *batch = paper(tracklets, T)
-    if recomputed:
-        model.recompute_activations()
     step = step_of(model, *batch, precision)
     step()
     step()
@@ -295,12 +293,10 @@ def peak_of_steps(tracklets, T, precision, recomputed):
 
 
 def memory(B, T, precision):
-    """A step as it is, and with its activations recomputed, each in a process of its own."""
-    for recomputed in False, True:
-        setting = json.dumps([B, T, precision, recomputed])
-        peak = int(subprocess.check_output([sys.executable, __file__, "--peak", setting]))
-        work = f"step of {B} x {T} frames, {precision}" + ", recomputed" * recomputed
-        print_row("peak memory", work, f"{peak / GB:.2f} GB")
+    """In a process of its own, whose peak is that of the step."""
+    setting = json.dumps([B, T, precision])
+    peak = int(subprocess.check_output([sys.executable, __file__, "--peak", setting]))
+    print_row("peak memory", f"step of {B} x {T} frames, {precision}", f"{peak / GB:.2f} GB")
 
 
 def main():

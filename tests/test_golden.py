@@ -38,8 +38,9 @@ def computed(official_files):
     frames = standard_normal(60, 2, 6, 3, 256, 128)
     with torch.no_grad():
         embedding = model.embed(frames, torch.tensor([0, 1]))
+        codes, _ = sasgl.encode(frames.flatten(0, 1))
         features = sasgl.features(frames[0, :1])
-    return {**seen, "model": model, "embedding": embedding, "codes": sasgl.seen,
+    return {**seen, "model": model, "embedding": embedding, "codes": codes,
             "features": [sasgl.upsampled(x)[0].flatten(0, 1) for x in features],
             "loss_mask": sasgl.mask_branch.reconstruction_loss(seen["mask"], seen["pixels"])}
 

@@ -4,8 +4,8 @@ from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 
-from data import Tracklet, load_dataset
-from evaluate import RANKS, clips, distances, embed_tracklets, evaluate, labels_of, rerank, score
+from data import load_dataset
+from evaluate import RANKS, distances, evaluate, labels_of, rerank, score
 from layouts import tracks, write_hitsz
 from support.files import UserError
 from support.footage import normalise, read_frame
@@ -90,12 +90,9 @@ def plain_distances(query, gallery):
 
 
 def test_a_distance_by_hand():
-    """The mean over parts, not the distance of the concatenation; of streams, over all parts."""
+    """The mean over parts, not the distance of the concatenation."""
     gallery = torch.tensor([[[3.0, 4.0], [5.0, 12.0]]])
-    other = torch.tensor([[[2.0, 2.0, 1.0]]])
     assert distances(0 * gallery, gallery).item() == (5 + 13) / 2
-    found = distances({"a": 0 * gallery, "b": 0 * other}, {"a": gallery, "b": other})
-    assert found.item() == pytest.approx((5 + 13 + 3) / 3)
 
 
 def test_distances_equal_a_plain_loop():
@@ -203,21 +200,3 @@ def test_the_same_person_before_the_same_camera_is_ignored_if_the_dataset_says_s
     assert not valid.all()
     _, valid = labels_of(replace(small, ignore_same_camera=False), "visible->infrared")
     assert valid.all()
-
-
-@pytest.mark.parametrize("n", [3, 12, 13])
-def test_clips_hold_every_frame(n):
-    tracklet = Tracklet(tuple(range(n)), 7, "D3", "infrared")
-    found = np.array([clip.frames for clip in clips(tracklet, 6)])
-    assert found.shape == (math.ceil(n / 6), 6)
-    assert set(found.flat) == set(range(n))
-
-
-def test_all_frames_is_the_mean_over_clips(small):
-    """Of 12 frames, two at a time: each frame counts once."""
-    short = replace(small.test[1], frames=small.test[1].frames[:2])
-    both = small.test[0], short
-    found = embed_tracklets(Averages(), both, CONFIG, all_frames=True)
-    for embedding, tracklet in zip(found, both, strict=True):
-        frames = torch.stack([read_frame(frame, (32, 16)) for frame in tracklet.frames])
-        assert torch.allclose(embedding[0], normalise(frames).mean((0, 2, 3)), atol=1e-5)

@@ -9,7 +9,7 @@ from support.dinov2 import load_dinov2
 from support.files import UserError
 from support.method import Method
 from support.official import load_release
-from support.weights import digests, rebuild, without_frozen
+from support.weights import digests, take_weights, without_frozen
 
 import pytest
 import torch
@@ -191,15 +191,16 @@ def test_a_checkpoint_leaves_the_frozen_prior_out_and_refuses_another(monkeypatc
     prior = {f"streams.gait.sasgl.prior.{name}" for name in model.sasgl.prior.state_dict()}
     assert model.state_dict().keys() - kept.keys() == prior and len(prior) == 2
     checkpoint = {"model": kept, "frozen": digests(model), "classes": list("abcde")}
-    run = Through, model.options, SIZE, checkpoint, "last.pt"
-    torch.testing.assert_close(rebuild(*run).state_dict(), model.state_dict(), rtol=0, atol=0)
+    other = small_model(Through, dino_size=(128, 64))
+    take_weights(other, checkpoint, "last.pt")
+    torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=0)
     bias = kept.pop("pbmge.enhance_gait.W1.0.bias")
     with pytest.raises(UserError, match="pbmge.enhance_gait.W1.0.bias"):
-        rebuild(*run)
+        take_weights(other, checkpoint, "last.pt")
     kept["pbmge.enhance_gait.W1.0.bias"] = bias
     monkeypatch.setattr(Through, "seed", 2)
     with pytest.raises(UserError, match="prior"):
-        rebuild(*run)
+        take_weights(small_model(Through, dino_size=(128, 64)), checkpoint, "last.pt")
 
 
 # ------------------------------------------------------ pre-trained pieces ----

@@ -105,7 +105,7 @@ def test_gathered_sends_the_gradient_of_each_share_back(two):
 
 def test_a_run_of_two_is_told_once_and_resumed_by_one(two, tmp_path):
     folder, (first, second) = two
-    assert first["printed"].count("infrared->visible") == 1 and "2 x cpu" in first["printed"]
+    assert first["printed"].count("equal error") == 1 and "2 x cpu" in first["printed"]
     assert second["printed"] == "" and len(log_of(folder)) == 1
     succeeds(here("evaluate.py", "--checkpoint", folder, "--out", tmp_path))
     for direction, scores in results_of(tmp_path)["directions"].items():

@@ -7,7 +7,6 @@ from lsmrl import LSMRL
 from model import DinoGRL
 from scripts import OPTIONS, TINY_LSMRL, fails, here, log_of, results_of, succeeds, tensors_of
 from support.parallel import precision_of
-from test_parallel import small_step
 from train import learning_rate_factor, read_command_line
 
 import pytest
@@ -115,32 +114,6 @@ def test_bfloat16_differs_a_little_and_keeps_float32_weights(run_of, walkers, tm
     assert coarse["losses"] == pytest.approx(fine["losses"], rel=0.2, abs=0.02)
     weight = tensors_of(tmp_path / "run")["model"]["clip.visual.proj"]
     assert weight.dtype == torch.float32
-
-
-def step(model, batch):
-    """-> losses and gradients by name, the bytes that autograd keeps for the backward pass."""
-    kept = []
-
-    def keep(tensor):
-        kept.append(tensor.nbytes)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        losses, _ = model(*batch)
-    sum(losses.values()).backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {**losses, **gradients}, sum(kept)
-
-
-@pytest.mark.parametrize("method", OPTIONS)
-def test_activations_computed_twice_give_the_same_gradients_in_less_memory(method):
-    expected, bytes_before = step(*small_step(OPTIONS[method]))
-    model, batch = small_step(OPTIONS[method])
-    model.recompute_activations()
-    found, bytes_kept = step(model, batch)
-    assert found.keys() == expected.keys() and bytes_kept < 0.8 * bytes_before
-    for name, tensor in expected.items():
-        assert torch.equal(tensor, found[name]), name
 
 
 # --------------------------------------------------------------- options ----
