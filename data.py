@@ -152,8 +152,7 @@ def read_bupt(root, auxiliary=False):
 
 
 def read_own(root):
-    """Your own folders: root/{train,query,gallery}/PID/MODALITY/[CAMERA/]TRACK/*.jpg. find_footage
-    gives {folder of a track, relative to its split: frames}."""
+    """Your own folders: root/{train,query,gallery}/PID/MODALITY/[CAMERA/]TRACK/*.jpg."""
     def tracks(split):
         folder = os.path.join(root, split)
         for name, frames in (find_footage(folder) if os.path.isdir(folder) else {}).items():
@@ -175,9 +174,8 @@ def read_own(root):
 
 
 def lists_in(path):
-    """Yields folder, a benchmark's lists, those of them that are there: path, its info/, and the
-    folder above (of BUPTCampus' DATA)."""
-    info, above = os.path.join(path, "info"), os.path.dirname(os.path.abspath(path))
+    """Yields a folder, a benchmark's lists, and those of them that it holds."""
+    info, above = os.path.join(path, "info"), os.path.dirname(os.path.abspath(path))    # of DATA
     for folder, lists in (info, HITSZ), (path, HITSZ), (path, BUPT), (above, BUPT):
         yield folder, lists, [f for f in lists if os.path.isfile(os.path.join(folder, f))]
 
@@ -192,8 +190,8 @@ def recognise(path, auxiliary):
 
 
 def load_dataset(path, reader="", auxiliary=False, checked=True):
-    """A folder -> Dataset. reader: FILE.py:FUNCTION of your own, path -> Dataset; checked: whether
-    its first problem (support/check.py) is a UserError. Raises UserError."""
+    """A folder -> Dataset. reader: your own FILE.py:FUNCTION, path -> Dataset; checked: whether its
+    first problem (support/check.py) is a UserError. Raises UserError."""
     if reader:
         dataset = load_own("--reader", reader)(path)
     else:    # an unpacked archive has a folder of its own
@@ -347,7 +345,6 @@ def show():
 
 
 if __name__ == "__main__":
-    import data
+    import data  # so that a reader's Dataset is the same class
 
-    # Not main_of(load_dataset, show): a reader's Dataset must be the one of the module `data`.
     cli(lambda: main_of(data.load_dataset, show))

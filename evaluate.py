@@ -230,9 +230,7 @@ def report(model, dataset, config, folder, head, log=(), **how):
             write_json(os.path.join(folder, "results.json"), results)
             pictures.write_ranking(folder, dataset, ranked, config.size)
         if log:
-            log[-1] |= for_the_log(results["directions"])
-            log[-1]["streams"] = {name: for_the_log(own)
-                                  for name, own in results["streams"].items()}
+            log[-1]["rank-1"] = rank_1_of(results)
     if folder:
         pictures.write_sheets(folder, model, dataset, config.size, log, head)
         if log:
@@ -240,8 +238,12 @@ def report(model, dataset, config, folder, head, log=(), **how):
     parallel.wait_for_all()
 
 
-def for_the_log(directions):
-    return {"rank-1": {d: r["rank-1"] for d, r in directions.items()}}
+def rank_1_of(results):
+    """-> {direction, or "direction, stream alone": Rank-1}, for the log and its curves."""
+    found = {d: r["rank-1"] for d, r in results["directions"].items()}
+    for name, own in results["streams"].items():
+        found |= {f"{d}, {name} alone": r["rank-1"] for d, r in own.items()}
+    return found
 
 
 def main():

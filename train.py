@@ -9,14 +9,13 @@
 A run's folder: config.json, log.jsonl, last.pt, results.json, pictures. The result is the last
 epoch's: the best one would be chosen on the test set.
 
-Why a resumed run ends with the same bits as one that was left alone (on a CPU): tracklets depend
-on seed and epoch, their frames on a seed in the key, the augmentation on seed, epoch, step and
-process. Dropout and blanking draw from torch's random state, which is in the checkpoint.
+Why a resumed run ends with the same bits as one that was left alone (on a CPU): tracklets, dropout
+and blanking depend on seed and epoch, frames on a seed in the key, the augmentation on seed, epoch,
+step and process.
 
 Quick question: where is the validation set? (Neither benchmark has one: nothing is chosen here.)
 
-Ours, not the papers': bfloat16 in place of float16; DinoGRL's 80 epochs; the warm-up of the mask
-branch; the small presets; exact resuming.
+Ours: bfloat16 in place of float16; 80 epochs; the warm-up; the small presets; exact resuming.
 """
 import bisect
 import math
@@ -95,6 +94,7 @@ def train(config, dataset, loader, augmented, model, autocast, optimizer, scaler
     for epoch in range(len(log), config.epochs):
         model.train()
         loader.batch_sampler.epoch = epoch
+        torch.manual_seed(config.seed + 1000 * epoch + 10 ** 6 * rank)    # of dropout, of blanking
         for group in optimizer.param_groups:    # of model.parameter_groups()
             group["lr"] = config.lr * group["factor"] * learning_rate_factor(config, epoch)
         sums, start = {}, time.time()
@@ -205,14 +205,13 @@ def loader_of(config, method, dataset, device):
 
 
 def read_command_line(words=None):
-    """words: None for those of this process -> a namespace: config, options (the method's), method
-    (its class), run, resume (folders), checkpoint (of resume), start (of --init). Raises
-    UserError."""
+    """words: None for this process's -> a namespace: config, options (the method's), method (its
+    class), run, resume (folders), checkpoint (of resume), start (of init). Raises UserError."""
     first = early(words, "method", "resume", "init")
     checkpoint, start = (weights.read_checkpoint(first[name]) if first[name] else None
                          for name in ("resume", "init"))
     if checkpoint and start:
-        raise UserError("--init starts a new run; expected it without --resume")
+        raise UserError("--init begins a run, --resume goes on with one; expected one of them")
     method = load_method(weights.method_of(checkpoint or start, first["method"]) or Config.method)
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--run", metavar="DIR", help="its folder; default: a new one in runs/")
@@ -235,11 +234,10 @@ def main():
     classes = checkpoint["classes"] if checkpoint else dataset.classes
     with parallel.first_goes_first():    # pre-trained weights are downloaded once a machine
         model = method(asked.options, len(classes), config.size, pretrained=not source)
-    if checkpoint:
-        weights.take_weights(model, checkpoint, asked.resume)
-    elif source:
-        weights.take_weights(model, source, config.init, but=model.of_identities)
-    torch.manual_seed(config.seed + 10 ** 6 * rank)    # dropout of its own
+    if source:
+        others = () if checkpoint else model.of_identities    # other people's
+        weights.take_weights(model, source, asked.resume or config.init, but=others)
+    torch.manual_seed(config.seed + 10 ** 6 * rank)    # the warm-up's dropout
     model.to(device)
     optimizer = getattr(torch.optim, config.optimizer)(
         model.parameter_groups(), lr=config.lr, weight_decay=config.weight_decay,
@@ -249,7 +247,7 @@ def main():
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if checkpoint:
         run = asked.resume
-        log = weights.restore(checkpoint, run, config, dataset, optimizer, scaler, device)
+        log = weights.restore(checkpoint, run, config, dataset, optimizer, scaler)
     else:
         stem, log = os.path.basename(config.method).replace(".py:", "-").lower(), []
         run = new_run(asked.run, f"{stem}-{dataset.name}") if rank == 0 else ""

@@ -1,18 +1,5 @@
-"""What the chapters stand on. A first reading may skip it. Nothing here imports a chapter.
-
-    method.py      what train.py and evaluate.py ask of a method
-    files.py       errors for users, atomic writing, the folder of a run
-    options.py     a dataclass as a command line, methods and readers by name, exit codes
-    footage.py     frames from image files, folders of frames
-    check.py       every problem of a dataset
-    weights.py     tensors read safely, loaded strictly; checkpoints
-    official.py    the authors' three files, BigGait's mask branch
-    dinov2.py, clip.py, resnet.py    the three pre-trained networks, tensor for tensor
-    parallel.py    several processes (torchrun)
-    pictures.py    silhouettes, ranked lists, what LSMRL reads, curves
-    pedestrian.py  one pose of one walker, drawn
-    priors.py      the demo's small DINOv2 and CLIP, and how they were made
-"""
+"""What the chapters stand on (README, Files). A first reading may skip it. Nothing here imports a
+chapter."""
 import contextlib
 import ctypes
 import os

@@ -18,8 +18,7 @@ def files_of(dataset):
 
 
 def missing_files(dataset):
-    """Each folder is listed once: on a network disk, looking up single files takes minutes."""
-    @functools.cache
+    @functools.cache    # looking up single files takes minutes on a network disk
     def names_in(folder):
         return set(os.listdir(folder) if os.path.isdir(folder) else ())
 

@@ -153,8 +153,7 @@ class CLIP(nn.Module):
 
 
 def tokenized(sentences):
-    """Sentences of words of VOCABULARY -> their numbers (C, L), with start and end token and padded
-    with 0, and the index of each end token (C,)."""
+    """Sentences of VOCABULARY's words -> numbers (C, L), padded with 0; index of each end (C,)."""
     rows = [torch.tensor([VOCABULARY.index(word) for word in f"<start> {sentence} <end>".split()])
             for sentence in sentences]
     end = torch.tensor([len(row) - 1 for row in rows])
@@ -181,9 +180,8 @@ def fetch_openai():
 
 
 def load_clip(name, weights="", pretrained=True):
-    """The CLIP of that name with a frozen text side. weights: a local file, OpenAI's
-    TorchScript archive or a state dict, instead of the download.
-    pretrained=False: random weights, for a checkpoint to fill. Raises UserError."""
+    """The CLIP of that name with a frozen text side. weights: a local file in place of the
+    download. pretrained=False: random, for a checkpoint to fill. Raises UserError."""
     if name not in CLIP_MODELS:
         raise UserError(f"CLIP {name} is not known; expected one of {', '.join(CLIP_MODELS)}")
     clip = CLIP(**CLIP_MODELS[name])

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFile, ImageOps
 
+PATH = str, os.PathLike
 warnings.filterwarnings("ignore", module="PIL")    # about metadata: pixels count
 
 # "walk.gif#3": picture 3, counted from 0, of an animated file.
@@ -21,7 +22,6 @@ ANIMATED = re.compile(r"(.+\.(?:gif|tiff?|webp|apng|avifs?))#(\d+)\Z", re.IGNORE
 DEEP_COLOUR = re.compile(r";16|'RGB', \d{4}")
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])    # ImageNet's
 
-# ------------------------------------------------------------- one frame ----
 
 def upright(image):
     """A copy, turned as its orientation tag says, if that can be read."""
@@ -51,22 +51,19 @@ def picture(image, size):
     return torch.from_numpy(np.moveaxis(np.asarray(image), 2, 0).copy())
 
 
-def is_path(frame):
-    return isinstance(frame, (str, os.PathLike))
-
-
 @contextmanager
 def opened(frame):
     """The open image of a path, an array or an image; whatever fails while it is read is a
     UserError that names it."""
+    is_path = isinstance(frame, PATH)
     try:
         image = Image.fromarray(frame) if isinstance(frame, np.ndarray) else frame
         ImageFile.LOAD_TRUNCATED_IMAGES = True    # metadata may be torn, ...
-        with Image.open(frame) if is_path(frame) else nullcontext(image) as image:
+        with Image.open(frame) if is_path else nullcontext(image) as image:
             ImageFile.LOAD_TRUNCATED_IMAGES = False    # ... pixels may not
             yield image
     except Exception as error:    # pillow raises a dozen types for a bad file
-        name = frame if is_path(frame) else f"a frame of type {type(frame).__name__}"
+        name = frame if is_path else f"a frame of type {type(frame).__name__}"
         raise UserError(f"{name} cannot be read as an image ({in_short(error)}); extract or "
                         "download it again; python data.py PATH lists all in a dataset") from None
 
@@ -102,11 +99,12 @@ def file_of(frame):
 def read_frame(frame, size):
     """A path, a PIL image or a uint8 array (H, W, 3), RGB (OpenCV has BGR), or (H, W) -> uint8
     (3, H, W), see picture. Raises UserError that names an unreadable file."""
-    if is_path(frame) and (animated := ANIMATED.fullmatch(os.fspath(frame))):
+    is_path = isinstance(frame, PATH)
+    if is_path and (animated := ANIMATED.fullmatch(os.fspath(frame))):
         file, number = animated.groups()
         return animation(file, tuple(size))[int(number)]
     with opened(frame) as image:
-        if is_path(frame):
+        if is_path:
             first, *others = pages(image)
             if others:
                 raise ValueError(f"it holds {1 + len(others)} pictures: name it .apng, .gif, .webp "

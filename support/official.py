@@ -1,5 +1,4 @@
-"""The authors' files: three of DinoGRL, one of BigGait (docs/weights.md says where they are).
-"""
+"""The authors' files: three of DinoGRL, one of BigGait (docs/weights.md says where they are)."""
 import os
 
 from support.dinov2 import load_dinov2
@@ -16,7 +15,6 @@ PARTS = {
     "pbmge.": "best_model2.pth: ",
     "streams.gait.sasgl.": "best_shape.pth: dinov2.",
     "streams.gait.": "best_shape.pth: dinov2.gait_net.",
-    # The ResNets.
     "visible_stem.conv1.": "image_encoder1.resnet_conv.0.",
     "visible_stem.bn1.": "image_encoder1.resnet_conv.1.",
     "infrared_stem.conv1.": "image_encoder2.resnet_conv.0.",
@@ -27,7 +25,6 @@ PARTS = {
     "parts.weight": "FCs.fc_bin",
     "head.weight": "BNNecks.fc_bin",
     "head.bn.": "BNNecks.bn1d.",
-    # SASGL.
     "prior.": "dinov2.",
     "mask_branch.": "Mask_Branch.",
     "denoising_branch.": "Denoising_Branch.",
@@ -38,7 +35,6 @@ PARTS = {
     "forward_block.bn.": "forward_block.bn1.",
     "forward_block.block.": "forward_block.layer1.0.",
     "fusion.score.": "fusion.conv.forward_block.",
-    # PBMGE.
     "enhance_gait.": "enhance_shape_net_3.",
     "enhance_appearance.": "enhance_app_net_3.",
     "net_3.g.": "net_3.g.0."}

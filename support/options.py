@@ -17,7 +17,6 @@ METHODS = {"dinogrl": "model.py:DinoGRL", "lsmrl": "lsmrl.py:LSMRL"}
 # A progress bar; none where standard error is not a terminal.
 progress = partial(tqdm, disable=None, leave=False)
 
-# -------------------------------------------------------------- options ----
 
 def option(default, help, choices=None):
     """A dataclass field that becomes a command-line option. choices: its values (None: any)."""
@@ -25,7 +24,6 @@ def option(default, help, choices=None):
 
 
 def as_typed(value):
-    """A value as it would be typed."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, tuple):

@@ -1,7 +1,5 @@
 """The device, and several processes as torchrun starts them: one on each GPU, one batch in all.
-
-Each process computes the losses of the whole batch, and the gradient of its own part.
-"""
+Each process computes the losses of the whole batch, and the gradient of its own part."""
 import os
 import signal
 import time
@@ -31,7 +29,6 @@ def several():
 
 
 def say(text):
-    """Print, once for all processes."""
     if processes()[0] == 0:
         print(text, flush=True)
 
@@ -51,33 +48,29 @@ def join(name):
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
+        if device.index:
+            torch.cuda.set_device(device)    # or a context is made on GPU 0 too
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used ({in_short(error, 80)}); expected cuda, "
                         "cuda:1, ... or cpu, and a GPU for each process") from None
     if is_torchrun and not dist.is_initialized():
-        backend = "gloo"
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-            backend = "nccl"
-        dist.init_process_group(backend)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         patient = dist.new_group(backend="gloo", timeout=timedelta(hours=6))
     return device
 
 
 def precision_of(name, device):
     """auto, bfloat16, float16, float32 -> torch.dtype."""
-    if name == "auto":
+    if name == "auto" and device.type == "cpu":
         name = "float32"
-        if device.type == "cuda":    # T4 and V100 have no bfloat16 in hardware
-            name = "float16"
-            if torch.cuda.get_device_capability(device) >= (8, 0):
-                name = "bfloat16"
+    elif name == "auto":    # T4 and V100 have no bfloat16 in hardware
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bfloat16" if has_bfloat16 else "float16"
     return getattr(torch, name)
 
 
 def leave():
-    """The end of a script that has succeeded."""
     if several():
         dist.destroy_process_group()
         time.sleep(0.2)    # or gloo's thread aborts the interpreter that ends
@@ -111,9 +104,8 @@ def averaged(sums, steps):
 class Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(processes()[1])]
-        dist.all_gather(parts, x)
+        dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
 
     @staticmethod
@@ -129,9 +121,8 @@ def gathered(x):
 
 
 def shared(model):
-    """The model as each process calls it: gradients are averaged over processes. On GPUs batch
-    norms see the batch of all processes (modules of model.whole_batch are given it); torch has no
-    such batch norm for CPUs."""
+    """The model as each process calls it: gradients are averaged. On GPUs batch norms see the batch
+    of all processes (modules of whole_batch are given it); torch has none such for CPUs."""
     if not several():
         return model
     if model.device.type == "cuda":
@@ -149,21 +140,3 @@ def average_gradients(module):
     for parameter in module.parameters() if several() else []:
         dist.all_reduce(parameter.grad)
         parameter.grad /= processes()[1]
-
-
-def random_states(device):
-    """{"cpu": (processes, bytes), "cuda": the same or None}."""
-    def of_all(state):
-        return gathered(state[None].to(device)).cpu()
-
-    cuda = of_all(torch.cuda.get_rng_state(device)) if device.type == "cuda" else None
-    return {"cpu": of_all(torch.get_rng_state()), "cuda": cuda}
-
-
-def restore_random_states(states, device):
-    """As far as they fit: the processes and the device may be others than when they were saved."""
-    rank = processes()[0]
-    if rank < len(states["cpu"]):    # cloned: torch reads a view from its storage's beginning
-        torch.set_rng_state(states["cpu"][rank].clone())
-        if device.type == "cuda" and states["cuda"] is not None:
-            torch.cuda.set_rng_state(states["cuda"][rank].clone(), device)

@@ -6,9 +6,6 @@
 
 A body part has two inks, its surface and its outline. An ink has two looks: without and with the
 garment's pattern. walkers.py paints each look, by day or by night.
-
-Quick question: why draw people from their joints instead of pasting pictures of them? (A person
-must stay the same from every angle and at every moment of the stride.)
 """
 import math
 from dataclasses import dataclass, make_dataclass

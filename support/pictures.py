@@ -1,9 +1,7 @@
 """Pictures: what a model sees (silhouettes, codes), what it finds, how it learned.
 
-Quick question: which tracklets should a sheet show? (Evenly spaced ones, chosen before any result
-is known. A sheet of the best ones would show what we hope for.)
-
-Each draw_ function takes tensors and returns a PIL image.
+Sheets show evenly spaced tracklets, chosen before any result is known, not the best ones. Each
+draw_ function takes tensors and returns a PIL image.
 """
 import math
 from collections import defaultdict
@@ -18,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 HEIGHT = 128    # of a frame, in pixels
-BLACK, GRID = "#000000", "#dedede"
+BLACK = "#000000"
 # One colour per curve. Colour-blind readers can tell them apart as well as twelve allow.
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9",
            "#787878", "#000000", "#8c564b", "#9467bd", "#bcbd22", "#17828c"]
@@ -85,17 +83,16 @@ def in_columns(titles, rows, label, captions):
 
 
 def principal_colours(codes):
-    """Codes (N, 16, h, w) -> (N, 3, h, w) in 0..1, background black.
-
-    A code has 16 channels and a picture has three: red, green and blue show the three principal
-    components of the pixels of all frames. So the same colour means the same code."""
+    """Codes (N, 16, h, w) -> (N, 3, h, w) in 0..1, background black. Red, green and blue show three
+    principal components of the pixels of all frames: the same colour means the same code."""
     codes = codes.float().cpu().movedim(1, -1)    # (N, h, w, 16)
     is_body = codes.any(-1)
     colours = codes.new_zeros(*is_body.shape, 3)
     pixels = codes[is_body]    # (M, 16)
     if len(pixels) > 3:
         pixels = pixels - pixels.mean(0)
-        axes = torch.linalg.eigh(pixels.T @ pixels).eigenvectors[:, -3:].flip(1)
+        axes = torch.linalg.eigh(pixels.T @ pixels).eigenvectors    # ascending
+        axes = axes[:, -3:].flip(1)
         # The sign of an eigenvector is arbitrary. Fix it, so that two runs can be compared.
         places = pixels @ (axes * axes.sum(0).sign())    # (M, 3)
         # The whole range would give a few extreme pixels most of the contrast.
@@ -193,37 +190,38 @@ def round_numbers(low, high):
     high = max(high, low + 1)
     steps = (digit * 10 ** k for k in range(9) for digit in (1, 2, 5))
     step = next(step for step in steps if high - low <= 10 * step)
-    return range(step * math.floor(low / step), step * math.ceil(high / step) + 1, step)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return range(step * first, step * last + 1, step)
 
 
 class Chart:
-    """A frame with grid lines, for points in the units of its axes. The finished sheet is halved,
-    so that lines look smooth: 4 pixels here are 2 of the file.
-
+    """A frame with grid lines, for points in the units of its axes. The sheet is halved in the end.
     left, right: in the sheet; x_ticks, y_ticks: rising numbers, the first and the last at the
     edges; y_label: a number of y_ticks -> its label."""
 
     def __init__(self, sheet, left, right, title, x_ticks, y_ticks, y_label=str):
         self.sheet, self.pen = sheet, sheet.pen
-        self.box = left, top, right, bottom = left, 176, right, sheet.image.height - 160
+        top, bottom = 176, sheet.image.height - 160
+        self.box = left, top, right, bottom
         self.x = x_ticks[0], x_ticks[-1]
         self.y = y_ticks[0], y_ticks[-1]
         self.keys = 0    # lines of the legend
         sheet.text(left, 80, title)
         for number in x_ticks:
             x, _ = self.at(number, 0)
-            self.pen.line((x, top, x, bottom), GRID, 4)
+            self.pen.line((x, top, x, bottom), "#dedede", 4)
             sheet.text(x, bottom + 64, str(number), anchor="mm")
         for number in y_ticks:
             _, y = self.at(0, number)
-            self.pen.line((left, y, right, y), GRID, 4)
-            sheet.text(left - 32, y, y_label(number), left - 40, anchor="rm")
+            self.pen.line((left, y, right, y), "#dedede", 4)
+            sheet.text(left - 32, y, y_label(number), anchor="rm")
         self.pen.rectangle(self.box, outline=BLACK, width=4)
 
     def at(self, x, y):
         """Numbers on the axes -> their place in the sheet."""
         left, top, right, bottom = self.box
-        return np.interp(x, self.x, (left, right)), np.interp(y, self.y, (bottom, top))
+        across = np.interp(x, self.x, (left, right))
+        return across, np.interp(y, self.y, (bottom, top))
 
     def curve(self, points, words, width=8):
         """points: [(x, y), ...], with a dot on each, joined by a line of the next colour, and a
@@ -239,20 +237,16 @@ class Chart:
 
 
 def draw_curves(log, title):
-    """log: the lines of log.jsonl, as dicts -> PIL image: every loss per epoch on a logarithmic
-    axis, and Rank-1 per evaluation, with thin lines for each stream alone. A line may lack
-    "losses", "rank-1" or "streams"."""
+    """log: the lines of log.jsonl -> PIL image: every loss per epoch on a logarithmic axis, and
+    Rank-1 per evaluation, with thin lines for each stream alone."""
     losses, rank_1 = defaultdict(list), defaultdict(list)    # {name: [(epoch, value), ...]}
     for line in log:
         epoch = line["epoch"]
         for name, loss in line.get("losses", {}).items():
             if 0 < loss < math.inf:    # others do not fit on a logarithmic axis
                 losses[name].append((epoch, math.log10(loss)))
-        for direction in line.get("rank-1", {}):
-            whole_and_alone = {"": line} | line.get("streams", {})
-            for stream, scores in whole_and_alone.items():
-                point = epoch, 100 * scores["rank-1"][direction]
-                rank_1[direction, stream].append(point)
+        for name, score in line.get("rank-1", {}).items():
+            rank_1[name].append((epoch, 100 * score))
 
     sheet = Sheet(4960, 1680, 52)
     epochs = round_numbers(log[0]["epoch"], log[-1]["epoch"])
@@ -262,10 +256,10 @@ def draw_curves(log, title):
                   decades, lambda exponent: f"{10.0 ** exponent:g}")
     for name, points in losses.items():
         chart.curve(points, f"{name}  {10 ** points[-1][1]:.3g}")
-    chart = Chart(sheet, 3104, 4120, "test: Rank-1 (%) by epoch", epochs, range(0, 101, 20))
-    for (direction, stream), points in rank_1.items():
-        name = f"    {stream} alone" if stream else direction
-        chart.curve(points, f"{name}  {points[-1][1]:.3g}", 4 if stream else 8)
+    chart = Chart(sheet, 3104, 4120, "test: Rank-1 (%) by epoch", epochs,
+                  y_ticks=range(0, 101, 20))
+    for name, points in rank_1.items():
+        chart.curve(points, f"{name}  {points[-1][1]:.3g}", 4 if "alone" in name else 8)
     return sheet.image.reduce(2)
 
 
@@ -278,7 +272,8 @@ def mean_iou(model, dataset, size):
         paths = evenly(t.frames, 8)
         masks = true_masks(dataset.root, paths, size)
         if masks is not None:
-            codes, _ = model.sasgl.encode(normalise(read_frames(paths, size).to(model.device)))
+            frames = read_frames(paths, size).to(model.device)
+            codes, _ = model.sasgl.encode(normalise(frames))
             found += iou(codes.silhouette, masks).tolist()
     return sum(found) / len(found) if found else None
 

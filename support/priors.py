@@ -7,18 +7,15 @@
     python -m support.priors clip --data runs/people
 
 **dinov2: distillation** (Hinton et al., 2015). A small network, the student, learns to reproduce
-the outputs of a large one, the teacher. Both see the frames (N,3,128,64), enlarged to 336x168:
+the tokens of a large one, the teacher. Both see the frames (N,3,128,64), enlarged to 336x168:
 
-    clean frames -> teacher, 12 blocks of 384 -> tokens after 1/4, 2/4, 3/4 and all of the blocks
-                      -> layer norm -> 48 principal components ----------------------------+
+    clean frames -> teacher, 12 blocks of 384 -> tokens after each quarter of the blocks
+                      -> layer norm -> 48 principal components (most of the variance) -----+
     half of them spoiled -> student, 4 blocks of 32 -> a linear map for each of 4 levels --+-> loss
 
-The 48 directions hold 77 to 96 % of the variance of the teacher's tokens. Spoiled frames have other
-brightness, contrast, blur, noise or channels; the target stays that of the clean frame, so features
-become similar by day and by night.
+The target stays that of the clean frame, so features become similar by day and by night.
 
-**clip: contrastive language-image training** (Radford et al., 2021). Each picture has a sentence,
-and the network learns which belongs to which. In a step with P people:
+**clip: contrastive language-image training** (Radford et al., 2021). In a step with P people:
 
     visible frames (P,3,128,64) -> image side -> image (P,64) --+-> a table (P,P) of cosines,
     sentences (P,L) -------------> text side  -> text  (P,64) --+   rows and columns
@@ -88,8 +85,7 @@ def spoiled(frames, generator):
 
 
 def fit(optimizer, schedule, steps, loss_of_step):
-    """Take so many steps with a schedule of the learning rate, each along the gradient of the loss
-    that loss_of_step() returns."""
+    """Take so many steps along the gradient of the loss that loss_of_step() returns."""
     bar = progress(range(steps), "training")
     for _ in bar:
         loss = loss_of_step()

@@ -3,11 +3,8 @@
     (N,3,256,128) -> Stem: conv1, bn1, maxpool -> (N,64,64,32) -> Stages: layer1..4 -> (N,2048,16,8)
 
 Each modality has its own stem, and both share one set of stages; the gait net has its own stages.
-The last stride is 1: re-identification needs the finer map. Keep the order of the layers in each
-class: it decides which initial weights a seed gives.
-
-Quick question: why does the stem have no ReLU, though ResNet-50's has one? (The release leaves it
-out, and its weights were trained like that. A ReLU would change its embeddings.)
+The last stride is 1: re-identification needs the finer map.
+The stem has no ReLU, though ResNet-50's has one: the release leaves it out.
 """
 from functools import partial
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 from support.files import UserError, in_short, read_log, write_atomic, write_log
 from support.options import add_options, early, fill, load_method
-from support.parallel import join, processes, random_states, restore_random_states
+from support.parallel import join, processes
 
 import torch
 
@@ -34,8 +34,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
 
 
 def read_safetensors(path):
-    """A file of the format safetensors: the length of a JSON header in 8 bytes, the header {name:
-    type, shape, place}, and the numbers -> {name: tensor}."""
+    """The length of a JSON header in 8 bytes, the header, the numbers -> {name: tensor}."""
     content = bytearray(Path(path).read_bytes())
     start = 8 + int.from_bytes(content[:8], "little")
     tensors = {}
@@ -49,8 +48,8 @@ def read_safetensors(path):
 
 
 def read_pretrained(path):
-    """Tensors as others save them: .safetensors, or a torch file, under state_dict, model or
-    teacher, with `module.` before each name -> {name: tensor}. Raises UserError."""
+    """A file of others, whose tensors lie under state_dict, model or teacher, or have `module.`
+    before their names -> {name: tensor}. Raises UserError."""
     tensors = read_tensors(path)
     for key in "state_dict", "model", "teacher", "state_dict":
         if isinstance(tensors.get(key), dict):
@@ -88,8 +87,7 @@ def download(what, ways_out, fetch, *words, **settings):
 
 def without_frozen(model):
     """The tensors of a checkpoint: all but those of the frozen networks."""
-    return {name: tensor for name, tensor in model.state_dict().items()
-            if not name.startswith(model.frozen)}
+    return {n: tensor for n, tensor in model.state_dict().items() if not n.startswith(model.frozen)}
 
 
 def digest(module):
@@ -110,18 +108,14 @@ def read_checkpoint(path):
     if os.path.isdir(path):
         path = f"{path}/last.pt"
     checkpoint = read_tensors(path)
-    missing = ", ".join(sorted({
-        "model", "frozen", "config", "options", "classes", "method", "epoch", "dataset"
-    } - checkpoint.keys()))
-    if missing:
-        raise UserError(f"{path} has no {missing}; expected a checkpoint of this version of "
-                        "train.py: train again, or check out the version that wrote it")
+    if not checkpoint.keys() >= {"model", "frozen", "config", "options", "classes", "method"}:
+        raise UserError(f"{path} is not a checkpoint of this version of train.py: train again, or "
+                        "check out the version that wrote it")
     return checkpoint
 
 
 def take_weights(model, checkpoint, path, but=()):
-    """Load a checkpoint's tensors, except those whose names start with one of `but`. Raises
-    UserError."""
+    """Load a checkpoint's tensors, all `but` those of such names. Raises UserError."""
     for name, found in digests(model).items():
         if found != checkpoint["frozen"].get(name):
             raise UserError(f"{path} was trained with another {name}; expected the same frozen "
@@ -146,21 +140,20 @@ def method_of(checkpoint, given):
 
 
 def save(run, log, model, optimizer, scaler, dataset, config, options):
-    """Write log.jsonl, then last.pt: all that an exact resume needs, after len(log) whole epochs.
-    Every process must call it; process 0 writes."""
+    """Process 0 writes log.jsonl and last.pt: all that a resume needs after len(log) epochs."""
     checkpoint = {
         "model": without_frozen(model), "frozen": digests(model),
         "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "epoch": len(log),
-        "random": random_states(model.device), "config": asdict(config), "options": asdict(options),
-        "method": config.method, "classes": dataset.classes, "dataset": dataset.name}
+        "config": asdict(config), "options": asdict(options), "method": config.method,
+        "classes": dataset.classes, "dataset": dataset.name}
     if processes()[0] == 0:
         # The log first: a surplus line is dropped on resuming, a missing one would be lost.
         write_log(run, log)
         write_atomic(f"{run}/last.pt", lambda file: torch.save(checkpoint, file))
 
 
-def restore(checkpoint, run, config, dataset, optimizer, scaler, device):
-    """Optimizer, scaler and random states as they were -> the log so far. Raises UserError."""
+def restore(checkpoint, run, config, dataset, optimizer, scaler):
+    """Optimizer and scaler as they were -> the log so far. Raises UserError."""
     if checkpoint["classes"] != dataset.classes:
         raise UserError(f"{run} was trained on other identities than those of {config.data}; "
                         "expected the same dataset: check --data")
@@ -170,7 +163,6 @@ def restore(checkpoint, run, config, dataset, optimizer, scaler, device):
     optimizer.load_state_dict(state)
     if checkpoint["scaler"]:
         scaler.load_state_dict(checkpoint["scaler"])
-    restore_random_states(checkpoint["random"], device)
     return read_log(run, checkpoint["epoch"])
 
 
