@@ -146,6 +146,7 @@ def load_dinov2(name, weights="", pretrained=True):
                 f"DINOv2 ({name})", "give its official file by --dinov2-weights FILE, or take "
                 "--dinov2 tiny (small, for trying out)", torch.hub.load, DINOV2_HUB, name,
                 trust_repo=True, skip_validation=True).state_dict()
-            load_strictly(dinov2, with_official_names(tensors),
-                          f"{weights or 'torch.hub'} (as DINOv2 {name})")
+            tensors = with_official_names(tensors)
+            tensors.setdefault("mask_token", dinov2.mask_token)    # not used; timm leaves it out
+            load_strictly(dinov2, tensors, f"{weights or 'torch.hub'} (as DINOv2 {name})")
     return dinov2.requires_grad_(False).eval()

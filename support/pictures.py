@@ -248,6 +248,7 @@ def draw_curves(log, title):
         for name, score in line.get("rank-1", {}).items():
             rank_1[name].append((epoch, 100 * score))
 
+    # Losses to the left, Rank-1 to the right.
     sheet = Sheet(4960, 1680, 52)
     epochs = round_numbers(log[0]["epoch"], log[-1]["epoch"])
     exponents = [exponent for points in losses.values() for _, exponent in points] or [0]
