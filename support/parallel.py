@@ -47,10 +47,9 @@ def join(name):
     if is_torchrun and name == "cuda":
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        device = torch.device(name)
-        if device.index:
+        device = torch.empty(1, device=name).device
+        if device.type == "cuda":
             torch.cuda.set_device(device)    # or a context is made on GPU 0 too
-        torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used ({in_short(error, 80)}); expected cuda, "
                         "cuda:1, ... or cpu, and a GPU for each process") from None

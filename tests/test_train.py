@@ -163,8 +163,9 @@ def test_the_learning_rate_rises_then_falls_tenfold_or_as_a_cosine():
 def test_auto_is_the_precision_that_the_device_has_in_hardware(monkeypatch):
     assert precision_of("auto", torch.device("cpu")) == torch.float32
     assert precision_of("bfloat16", torch.device("cpu")) == torch.bfloat16
-    for capability, dtype in ((7, 5), torch.float16), ((8, 0), torch.bfloat16):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, c=capability: c)
+    for has_it, dtype in (False, torch.float16), (True, torch.bfloat16):    # a T4, an H200
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                            lambda including_emulation, answer=has_it: answer)
         assert precision_of("auto", torch.device("cuda")) == dtype
 
 
