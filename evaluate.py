@@ -49,9 +49,12 @@ def embed_tracklets(model, tracklets, config, rule="chunks"):
         generator=torch.Generator(),
         worker_init_fn=parallel.ignore_interrupts)
     batches = []
-    for frames, modality, _ in progress(loader, "embedding"):
-        frames = normalise(frames.to(model.device, non_blocking=True))
-        batches.append(model.embed(frames, modality).float().cpu())
+    try:
+        for frames, modality, _ in progress(loader, "embedding"):
+            frames = normalise(frames.to(model.device, non_blocking=True))
+            batches.append(model.embed(frames, modality).float().cpu())
+    except torch.cuda.OutOfMemoryError:
+        raise UserError("the GPU's memory is full; lower --test-batch") from None
     return torch.cat(batches)
 
 

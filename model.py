@@ -202,6 +202,9 @@ class DinoGRL(Method):
     def __init__(self, options, classes, size, pretrained=True):
         super().__init__()
         self.options = o = options
+        if o.width < 8:    # oneDNN's, with channels last: they write beyond their memory
+            raise UserError(f"width {o.width}; expected 8 or more: torch's strided convolutions of "
+                            "fewer channels can crash on a CPU")
         if o.strips[:1] != (1,) or (o.gait and o.pbmge and len(o.strips) == 1):
             raise UserError(f"strips {o.strips}; expected 1, the global part, then the strips of "
                             "each granularity, such as 1 2 4 8 16")

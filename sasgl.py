@@ -162,7 +162,8 @@ class AttentionFusion(nn.Module):
     def forward(self, denoising, appearance):
         score = self.score(torch.cat([denoising, appearance], dim=1))
         share = score.unflatten(1, (-1, 2)).softmax(2)    # (N, C, 2, H, W)
-        return share[:, :, 0] * denoising + share[:, :, 1] * appearance
+        # In this order the result keeps the memory format of the maps, channels last.
+        return denoising * share[:, :, 0] + appearance * share[:, :, 1]
 
 
 class GaitNet(nn.Module):

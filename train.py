@@ -9,9 +9,8 @@
 A run's folder: config.json, log.jsonl, last.pt, results.json, pictures. The result is the last
 epoch's: the best one would be chosen on the test set.
 
-Why a resumed run ends with the same bits as one that was left alone (on a CPU): tracklets, dropout
-and blanking depend on seed and epoch, frames on a seed in the key, the augmentation on seed, epoch,
-step and process.
+A resumed run ends with the same bits as one that was not stopped (on a CPU): all random numbers
+depend on seed, epoch, step and process alone.
 
 Quick question: where is the validation set? (Neither benchmark has one: nothing is chosen here.)
 
@@ -125,8 +124,7 @@ def train(config, dataset, loader, augmented, model, autocast, optimizer, scaler
                 bar.set_postfix_str(brief(means))
                 if not all(map(math.isfinite, means.values())):
                     raise UserError(f"a loss is not finite in epoch {epoch + 1}, step {step + 1}: "
-                                    f"{means}; last.pt is older and good: resume it with a lower "
-                                    "--lr or --precision float32")
+                                    f"{means}; resume with a lower --lr or --precision float32")
             if step == epoch == 0 and device.type == "cpu" and dataset.name != "walkers":
                 hours = (time.time() - start) * config.steps / 3600
                 parallel.say(f"no CUDA here: about {hours:.2g} hours an epoch on this CPU")
@@ -270,6 +268,8 @@ def main():
             test()    # which adds rank-1: the run was stopped before, or has nothing to train
         train(config, dataset, loader, augmented, model, autocast, optimizer, scaler, log, save,
               test)
+    except torch.cuda.OutOfMemoryError:
+        raise UserError("the GPU's memory is full; lower --identities") from None
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; go on after the last whole epoch: python train.py "
                                 f"--resume {run}") from None

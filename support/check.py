@@ -13,7 +13,6 @@ MOST = 20    # lines of each kind of problem
 
 
 def files_of(dataset):
-    """{file: a frame in it}."""
     return {file_of(frame): frame for t in dataset.train + dataset.test for frame in t.frames}
 
 

@@ -94,7 +94,6 @@ class Block(nn.Module):
 
 
 def transformer(depth, *of_a_block):
-    """A module whose resblocks are so many blocks."""
     return nn.ModuleDict({"resblocks": nn.Sequential(*(Block(*of_a_block) for _ in range(depth)))})
 
 
@@ -149,7 +148,8 @@ class CLIP(nn.Module):
     def encode_text(self, words, end):
         """Word vectors (C, L, width), index of the end token, int or (C,) -> features (C, dim)."""
         x = self.transformer.resblocks(words + self.positional_embedding[:words.shape[1]])
-        return self.ln_final(x[torch.arange(len(x)), end]) @ self.text_projection
+        rows = torch.arange(len(x), device=x.device)
+        return self.ln_final(x[rows, end]) @ self.text_projection
 
 
 def tokenized(sentences):

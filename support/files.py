@@ -62,7 +62,10 @@ def write_atomic(path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        cause = error.__context__ or error    # torch.save hides a full disk behind a RuntimeError
+        # torch.save hides a full disk behind a RuntimeError. One of CUDA is something else.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
         raise UserError(f"{path} cannot be written ({in_short(cause)}); the file that was there is "
                         "untouched: free some space or choose another folder") from error
     finally:

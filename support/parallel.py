@@ -1,5 +1,4 @@
-"""The device, and several processes as torchrun starts them: one on each GPU, one batch in all.
-Each process computes the losses of the whole batch, and the gradient of its own part."""
+"""The device, and several processes as torchrun starts them: one on each GPU, one batch in all."""
 import os
 import signal
 import time

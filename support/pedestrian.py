@@ -77,7 +77,6 @@ SHADE_OF_INK = np.outer([shade for _, shade in PARTS.values()], [1, 0.78]).resha
 
 
 class Garment(NamedTuple):
-    """The pattern of a garment."""
     pattern: str     # one of PATTERNS
     period: float
     duty: float      # share of the period in which it is on

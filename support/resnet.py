@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# ImageNet V1, as in the release.
 RESNET50_URL = "https://download.pytorch.org/models/resnet50-0676ba61.pth"
 Conv = partial(nn.Conv2d, bias=False)
 

@@ -99,7 +99,6 @@ def digest(module):
 
 
 def digests(model):
-    """{name of a frozen network: its digest}."""
     return {name: digest(model.get_submodule(name)) for name in model.frozen}
 
 

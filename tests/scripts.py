@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 # Runs of a second: the small presets, smaller still.
 TINY = str.split(
     "--preset small --epochs 1 --steps 2 --identities 2 --frames 2 --mask-warmup 2 --workers 0 "
-    "--width 4 --dim 8 --dino-size 112 56 --code-size 16 8 --size 64 32 --test-frames 0")
+    "--width 8 --dim 8 --dino-size 112 56 --code-size 16 8 --size 64 32 --test-frames 0")
 TINY_LSMRL = str.split(
     "--method lsmrl --preset small --epochs 1 --steps 2 --identities 2 --frames 2 --size 32 16 "
     "--groups 2 --workers 0 --test-frames 0")
