@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 from support.check import check, main_of
 from support.files import UserError, integers, parsed, read_json
-from support.footage import find_footage, normalise, read_frames
+from support.footage import find_footage, normalise, read_frames, sent
 from support.options import cli, load_own
 
 import numpy as np
@@ -303,7 +303,7 @@ def augment(frames, modality, rng, erase=0.5):
     pad = round(10 * H / 256)
     # All crops first: the order of the draws is part of what a seed means.
     crops = [(*rng.integers(2 * pad + 1, size=2), rng.random() < 0.5) for _ in range(B)]
-    gray, fill = (x[:, None, None].to(frames.device) for x in (GRAY, ERASED))
+    gray, fill = (sent(x, frames.device)[:, None, None] for x in (GRAY, ERASED))
     out = torch.empty(frames.shape, device=frames.device)
     # One tracklet at a time fits the processor's cache, which is faster than the whole batch.
     for b, is_infrared in enumerate(modality.tolist()):

@@ -97,12 +97,10 @@ def triplet_loss(parts, label, margin=0.2):
     x = parts.float().transpose(0, 1)
     distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")    # (P, B, B)
     same = label[:, None] == label
-    anchor, positive = same.nonzero(as_tuple=True)    # (M,) pairs
-    to_positive = distance[:, anchor, positive][:, :, None]    # (P, M, 1)
-    to_everyone = distance[:, anchor]    # (P, M, B)
-    terms = F.relu(to_positive - to_everyone + margin) * ~same[anchor]
-    count = (terms != 0).sum((1, 2)).clamp(min=1)
-    return (terms.sum((1, 2)) / count).mean()
+    is_triplet = same[:, :, None] & ~same[:, None]    # (anchor, positive, negative), (B, B, B)
+    terms = F.relu(distance[:, :, :, None] - distance[:, :, None] + margin) * is_triplet
+    count = (terms != 0).sum((1, 2, 3)).clamp(min=1)
+    return (terms.sum((1, 2, 3)) / count).mean()    # of (P, B, B, B)
 
 
 # ---------------------------------------------------------------- options ----
@@ -239,14 +237,19 @@ class DinoGRL(Method):
         for name, stream in self.streams.items():
             parts[name], own_losses = stream(frames, modality)
             losses |= own_losses
-        if self.pbmge is not None:
-            parts["gait"], parts["appearance"] = self.pbmge(parts["gait"], parts["appearance"])
         return parts, losses
+
+    def fused(self, parts):
+        """{stream: parts (B, P, D)} -> the same with the refined parts of two streams."""
+        if self.pbmge is not None:
+            refined = self.pbmge(parts["gait"], parts["appearance"])
+            parts = parts | dict(zip(("gait", "appearance"), refined, strict=True))
+        return parts
 
     def embed(self, frames, modality):
         """-> (B, parts, dim) float32, gait parts first; (B, 70, 256) in the paper."""
         parts, _ = self.parts_by_stream(frames, modality)
-        return torch.cat(list(parts.values()), dim=1).float()
+        return torch.cat(list(self.fused(parts).values()), dim=1).float()
 
     def streams_of(self, embeddings):
         sizes = [stream.n_parts for stream in self.streams.values()]
@@ -260,12 +263,12 @@ class DinoGRL(Method):
         return {"identity": identity_loss(logits, label), "triplet": triplet_loss(parts, label)}
 
     def forward(self, frames, modality, label):
-        streams, losses = self.parts_by_stream(frames, modality)
+        parts, losses = self.parts_by_stream(frames, modality)
         shown = {}
-        # Tracklets are compared with those of all processes.
-        label, modality = gathered(label), gathered(modality.to(label.device))
+        # Tracklets are compared with those of all processes: (world * B, P, D).
+        streams = self.fused({name: gathered(own) for name, own in parts.items()})
+        label, modality = gathered(label), gathered(modality.to(label.device, non_blocking=True))
         for name, parts in streams.items():
-            parts = gathered(parts)    # (world * B, P, D), gradients included
             logits = self.streams[name].head(parts)
             for kind, loss in self.losses_of(parts, logits, label, modality).items():
                 losses[f"{kind}_{name}"] = loss
@@ -274,12 +277,12 @@ class DinoGRL(Method):
         return losses, shown
 
     @property
-    def whole_batch(self):    # given the gathered batch: batch norms that need no synchronising
+    def of_identities(self):
         return tuple(f"streams.{name}.head" for name in self.streams)
 
     @property
-    def of_identities(self):
-        return self.whole_batch
+    def whole_batch(self):    # given the gathered batch: batch norms that need no synchronising
+        return self.of_identities + ("pbmge",) * (self.pbmge is not None)
 
     @property
     def sasgl(self):

@@ -34,7 +34,8 @@ from typing import NamedTuple
 
 from support.dinov2 import levels_of
 from support.files import UserError
-from support.footage import normalise
+from support.footage import normalise, sent
+from support.parallel import total
 from support.resnet import BasicBlock
 
 import torch
@@ -93,7 +94,7 @@ def smooth_loss(maps):
     The paper applies it to the mask too, whose two channels sum to 1 everywhere: that loss is
     constant, has no gradient, and is not computed here. (The release reads pixel-major memory as
     channel-major there: its term has a gradient, though not the intended one.)"""
-    sobel = SOBEL.to(maps)
+    sobel = sent(SOBEL, maps.device)
     both = torch.stack([sobel, sobel.t()])[:, None]    # (2, 1, 3, 3)
     edges = F.conv2d(maps.sum(1, keepdim=True), both, padding=1)
     return edges.abs().sum() / maps.numel()
@@ -245,7 +246,7 @@ class SASGL(nn.Module):
 
     def code_of(self, branch, pixels, where, N):
         """Pixels (M, 4D), `where` (three index tensors (M,)) -> code (N, 16, H, W), 0 elsewhere."""
-        is_enough = len(pixels) > 1 or not self.training    # for a batch norm
+        is_enough = not self.training or total(len(pixels), pixels.device) > 1    # for a batch norm
         values = branch(pixels) if is_enough else pixels.new_zeros(len(pixels), self.channels)
         code = values.new_zeros(N, *self.code_size, self.channels)
         return code.index_put(where, values).permute(0, 3, 1, 2)

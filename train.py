@@ -117,8 +117,7 @@ def train(config, dataset, loader, augmented, model, autocast, optimizer, scaler
 
             # Show: the means so far. Reading them waits for the GPU.
             for name, value in {**losses, **shown}.items():
-                value = torch.as_tensor(value, device=device).detach()
-                sums[name] = sums.get(name, 0) + value
+                sums[name] = sums.get(name, 0) + torch.as_tensor(value, device=device).detach()
             if device.type == "cpu" or step % 10 == 9 or step + 1 == config.steps:
                 means = parallel.averaged(sums, step + 1)
                 bar.set_postfix_str(brief(means))
@@ -149,12 +148,10 @@ def is_due(config, epoch):    # for an evaluation
     return epoch == config.epochs or (epoch > 0 and epoch % every == 0)
 
 
-def warm_up(model, loader, augmented, config):
+def warm_up(model, loader, augmented, config, autocast, scaler):
     """Train model.warm_up_module alone, so that the rest never uses it untrained. [ours]"""
     steps, rank = model.warm_up_steps, parallel.processes()[0]
     first = 10 ** 6    # an epoch that never comes: batches and augmentation of its own
-    if not steps:    # as in a method without such a module
-        return
     model.train()
     module = model.get_submodule(model.warm_up_module)
     optimizer = torch.optim.Adam(module.parameters())
@@ -164,12 +161,15 @@ def warm_up(model, loader, augmented, config):
             batches = iter(loader)
         frames, modality, _ = next(batches)
         rng = np.random.default_rng([config.seed, first, step, rank])
-        losses = model.warm_up_losses(augmented(frames.to(model.device), modality, rng))
+        frames = augmented(frames.to(model.device, non_blocking=True), modality, rng)
+        with autocast():
+            losses = model.warm_up_losses(frames)
         optimizer.param_groups[0]["lr"] = model.warm_up_lr * (1 - step / steps)
         optimizer.zero_grad()
-        sum(losses.values()).backward()
+        scaler.scale(sum(losses.values())).backward()
         parallel.average_gradients(module)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
     optimizer.zero_grad()    # nothing of it in the first real step
     parallel.say(f"warm-up, {steps} steps: {brief(losses)}")
 
@@ -227,6 +227,7 @@ def main():
     rank, world = parallel.processes()
     dataset = training_data(config)
     loader = loader_of(config, method, dataset, device)
+    torch.backends.cudnn.benchmark = True    # the shapes are constant
     torch.manual_seed(config.seed)
     source = checkpoint or asked.start
     classes = checkpoint["classes"] if checkpoint else dataset.classes
@@ -260,8 +261,8 @@ def main():
                    asked.options)
     test = partial(report, model, dataset, config, run, {"method": config.method}, log)
     try:
-        if not source:
-            warm_up(model, loader, augmented, config)
+        if not source and model.warm_up_steps:
+            warm_up(model, loader, augmented, config, autocast, scaler)
         if not checkpoint:
             save()    # from here on a run that is killed can be resumed
         if len(log) >= config.epochs or is_due(config, len(log)) and "rank-1" not in log[-1]:
@@ -271,8 +272,7 @@ def main():
     except torch.cuda.OutOfMemoryError:
         raise UserError("the GPU's memory is full; lower --identities") from None
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; go on after the last whole epoch: python train.py "
-                                f"--resume {run}") from None
+        raise KeyboardInterrupt(f"interrupted; go on: python train.py --resume {run}") from None
     parallel.leave()
 
 

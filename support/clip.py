@@ -168,7 +168,6 @@ def prompt_of(name):
 
 
 def fetch_openai():
-    """-> the path of OpenAI's file, downloaded once and cached; its SHA-256 is checked."""
     folder = f"{torch.hub.get_dir()}/checkpoints"
     path = f"{folder}/CLIP-ViT-B-16-{CLIP_SHA256[:8]}.pt"
     if not os.path.exists(path):    # torch writes to a temporary name first

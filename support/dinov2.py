@@ -54,7 +54,7 @@ class DinoBlock(nn.Module):
 
 
 class DinoVisionTransformer(nn.Module):
-    """Mirrors DINOv2's ViT and its state dict; mask_token is not used.
+    """The network of the official state dict; mask_token is not used.
 
     dim: of a token, D; depth: number of blocks; registers: number of extra tokens."""
 

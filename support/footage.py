@@ -137,9 +137,16 @@ def true_masks(root, frames, size):
     return read_frames(masks, size)[:, 0] > 127 if there else None
 
 
+@functools.cache
+def sent(constant, device):
+    """A constant tensor on a device. It is sent once: a copy from the CPU waits for the GPU."""
+    with torch.inference_mode(False):
+        return constant.to(device)
+
+
 def normalise(frames, channels=slice(None)):
     """uint8 (..., C, H, W) -> float32, mean 0, deviation 1. channels: which of red, green, blue."""
-    mean, std = (x[channels, None, None].to(frames.device) for x in (MEAN, STD))
+    mean, std = (sent(x, frames.device)[channels, None, None] for x in (MEAN, STD))
     return (frames / 255).sub_(mean).div_(std)
 
 

@@ -1,14 +1,12 @@
 """What train.py and evaluate.py ask of a method: the whole contract, with its defaults.
 
 A method is a subclass. It must have `Options`, `embed` and `forward`; it overrides what else it
-wants. docs/method.md shows a loss, a part, a stream, a sampler and an augmentation of your own.
-"""
+wants: see docs/method.md."""
 from torch import nn
 
 
 class Method(nn.Module):
     """A method is made by CLASS(options, classes, size, pretrained).
-
     options: an instance of its Options; classes: number of training identities; size: height and
     width of the frames; pretrained: False where a checkpoint will fill the trained tensors."""
     Options = None      # a dataclass: each field is an option of the command line

@@ -53,9 +53,7 @@ def official_name(own):
 
 def load_release(method, folder):
     """method: the class DinoGRL; folder: of the authors' three files -> the model in eval mode,
-    with exactly their embeddings, and its config as a dict.
-
-    Raises UserError that says which tensors do not fit, under the authors' names."""
+    with exactly their embeddings, and its config as a dict. Raises UserError."""
     class Empty(method):
         def prior(self):    # best_shape.pth holds DINOv2 too
             return load_dinov2(self.options.dinov2, pretrained=False)

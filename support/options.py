@@ -72,8 +72,7 @@ def typed(parser, words=None):
 
 def configure(parser, words, config_class, method, resumed=None, start=None):
     """Add the options of a run and of its method to a parser -> both dataclasses, {name: value} of
-    what was typed. It overrides the checkpoint to resume, or the method's recipe and preset with
-    what the network of the checkpoint to start from needs."""
+    what was typed. resumed, start: checkpoints. What was typed overrides theirs."""
     parser.add_argument("--preset", choices=("paper", "small"), help="default: small for walkers")
     add_options(parser, config_class, method.recipe, method.small)
     own = parser.add_argument_group(f"of {method.__name__}")
@@ -107,8 +106,8 @@ def fill(options_class, values):
 
 
 def load_own(what, name):
-    """FILE.py:NAME -> what that file of yours defines as NAME. The file is run and may import from
-    its own folder. what: the option, for errors. Raises UserError."""
+    """FILE.py:NAME -> what that file of yours defines as NAME. what: the option. Raises
+    UserError."""
     path, _, attribute = name.rpartition(":")
     path = os.path.abspath(path)
     if not os.path.isfile(path):

@@ -91,6 +91,14 @@ def first_goes_first():
         wait_for_all()
 
 
+def total(number, device):
+    """A number of each process -> the sum over those whose batch norms see one another's pixels."""
+    if several() and device.type == "cuda":
+        number = torch.tensor(number, device=device)
+        dist.all_reduce(number)
+    return int(number)
+
+
 def averaged(sums, steps):
     """{name: sum} -> {name: mean over steps and processes}."""
     values = torch.stack([value.double() for value in sums.values()]) / steps / processes()[1]

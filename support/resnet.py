@@ -89,9 +89,8 @@ class Stages(nn.Sequential):
 
 
 def load_resnet50(source, stems, stages):
-    """Load torchvision's resnet50 into each of the stems and each of the stages.
-
-    source: "imagenet" (downloaded once and cached) or a file. Raises UserError."""
+    """Load torchvision's resnet50 into each of the stems and of the stages. source: "imagenet"
+    (downloaded once and cached) or a file. Raises UserError."""
     if source == "imagenet":
         tensors = download(
             "ResNet-50 (ImageNet)", "give torchvision's file by --resnet-weights FILE, or take "

@@ -14,11 +14,11 @@ from support.parallel import join, processes
 import torch
 
 COUNTER = "num_batches_tracked"    # of a batch norm; files of 2017 lack it
+RELEASE = "best_model.pth"    # one of the authors' three files
 
 
 def read_tensors(path):
-    """A torch file that holds a dict, or a .safetensors file -> the dict. Opened with
-    weights_only=True: nothing in it can run. Raises UserError."""
+    """A .safetensors or torch file -> the dict in it. Nothing in it is run. Raises UserError."""
     try:
         if str(path).endswith(".safetensors"):
             return read_safetensors(path)
@@ -58,8 +58,8 @@ def read_pretrained(path):
 
 
 def load_strictly(module, tensors, what, name_of=str):
-    """Load a state dict that must fit exactly; only batch norms' counters may be missing, as in
-    torch. name_of: our name of a tensor -> its name there. Raises UserError."""
+    """Load a state dict that must fit exactly (but for COUNTERs, as in torch). name_of: our name of
+    a tensor -> its name there. Raises UserError."""
     own = {name_of(name): tensor.shape for name, tensor in module.state_dict().items()}
     tensors = {name: torch.tensor(0) for name in own if name.endswith(COUNTER)} | tensors
     found = {name: getattr(tensor, "shape", None) for name, tensor in tensors.items()}
@@ -73,8 +73,7 @@ def load_strictly(module, tensors, what, name_of=str):
 
 
 def download(what, ways_out, fetch, *words, **settings):
-    """fetch(*words, **settings): from the official source or torch.hub's cache, without warnings.
-    Raises UserError that names the ways out."""
+    """fetch(*words, **settings), without warnings. Raises UserError that names the ways out."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")    # three about xFormers, harmless
@@ -86,7 +85,6 @@ def download(what, ways_out, fetch, *words, **settings):
 
 
 def without_frozen(model):
-    """The tensors of a checkpoint: all but those of the frozen networks."""
     return {n: tensor for n, tensor in model.state_dict().items() if not n.startswith(model.frozen)}
 
 
@@ -166,7 +164,6 @@ def restore(checkpoint, run, config, dataset, optimizer, scaler):
 
 
 def add_run_options(parser):
-    """--checkpoint, and options that replace the run's own."""
     parser.add_argument("--checkpoint", metavar="RUN", help="a run's folder, its last.pt, or the "
                         "folder of the authors' three files")
     group = parser.add_argument_group("in place of the run's own values (see train.py --help)")
@@ -175,24 +172,19 @@ def add_run_options(parser):
     for name in "frames", "test-frames", "workers", "test-batch":
         group.add_argument(f"--{name}", type=int)
     path, method = early(None, "checkpoint", "method").values()
-    if path and not is_release(path):
+    if path and not os.path.isfile(f"{path}/{RELEASE}"):
         checkpoint = read_checkpoint(path)
         method = load_method(method_of(checkpoint, method))
         add_options(group, method.Options, checkpoint["options"])
 
 
-def is_release(path):
-    return os.path.isfile(f"{path}/best_model.pth")
-
-
 def load_run(path, given=None):
-    """A run's folder, its last.pt, or the folder of the authors' three files -> model in eval mode,
-    its config (a namespace), {"method", "dataset", "classes", ...}. given: {option: value}, used
-    instead of the run's own. Raises UserError."""
+    """See --checkpoint -> model in eval mode, its config (a namespace), {"method", "dataset",
+    "classes", ...}. given: {option: value} in place of the run's own. Raises UserError."""
     given = given or {}
     if not path:
         raise UserError("no run; expected --checkpoint RUN; see --help")
-    if is_release(path):
+    if os.path.isfile(f"{path}/{RELEASE}"):
         from support.official import load_release
 
         model, config = load_release(load_method("dinogrl"), path)

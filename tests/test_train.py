@@ -1,5 +1,6 @@
 """train.py from the command line to results.json: presets, options, methods of one's own."""
 import json
+from contextlib import nullcontext
 
 import train
 from data import load_dataset
@@ -175,7 +176,8 @@ def test_the_warm_up_trains_the_mask_branch_alone_and_leaves_no_gradients(walker
     loader = train.loader_of(asked.config, DinoGRL, dataset, device)
     model = DinoGRL(asked.options, 4, asked.config.size)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    train.warm_up(model, loader, lambda frames, *_: frames / 255.0, asked.config)
+    train.warm_up(model, loader, lambda frames, *_: frames / 255.0, asked.config, nullcontext,
+                  torch.amp.GradScaler("cpu", enabled=False))
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved and all(name.startswith(model.warm_up_module) for name in moved)
     assert all(parameter.grad is None for parameter in model.parameters())
