@@ -4,8 +4,9 @@
     python tests/benchmark.py --quick    a tenth of the work, or less
 
 Times are medians of three runs after one that does not count. On CUDA, where there is one, they are
-taken by events, and the training step has a row for each precision. Not yet run on a GPU. On a CPU
-all is float32: without AVX-512 a step in bfloat16 takes minutes.
+taken by events, and the training step has a row for each precision, with its share of the TFLOP/s
+that a plain product reaches. Not yet run on a GPU: docs/speed.md says what is expected there. On a
+CPU all is float32: without AVX-512 a step in bfloat16 takes minutes.
 """
 # ruff: noqa: E402    the path to our own modules comes before them
 import argparse
@@ -24,10 +25,10 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import ERASED, MODALITIES, Frames, IdentitySampler, Tracklet, augment, erased_box
+from data import ERASED, MODALITIES, Frames, IdentitySampler, Tracklet, augment, chunks, erased_box
 from evaluate import RANKS, distances, rerank, score
 from lsmrl import LSMRL
-from model import DinoGRL, Options
+from model import DinoGRL
 from pbmge import PBMGE
 from support.dinov2 import load_dinov2
 from support.footage import normalise
@@ -39,6 +40,8 @@ from walkers import sample
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 IS_CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if IS_CUDA else "cpu")
@@ -151,9 +154,10 @@ class PlainFrames(Frames):
     """As it is usually written: each frame opened, transformed and made a float tensor alone."""
 
     def __getitem__(self, key):
-        rng, modality = np.random.default_rng(key[1]), self.tracklets[key[0]].modality
-        frames = torch.stack([self.transformed(path, rng) for path in self.paths(*key)])
-        return frames, MODALITIES.index(modality), key[0]
+        rng, tracklet = np.random.default_rng(key[1]), self.tracklets[key[0]]
+        drawn = chunks(len(tracklet.frames), self.T, rng)
+        frames = torch.stack([self.transformed(tracklet.frames[i], rng) for i in drawn])
+        return frames, MODALITIES.index(tracklet.modality), key[0]
 
     def transformed(self, path, rng, pad=10):
         H, W = self.size
@@ -215,11 +219,12 @@ class Untrained(DinoGRL):
         return load_dinov2(self.options.dinov2, pretrained=False)
 
 
-def paper(tracklets, T):
-    """-> the paper's network, random frames, modality, label."""
+def paper(method, tracklets, T):
+    """-> the network of a method's paper preset, random frames, modality, label."""
     torch.manual_seed(0)
-    model = Untrained(Options(), 500, (256, 128), pretrained=False).to(DEVICE)
-    frames = torch.randn(tracklets, T, 3, 256, 128, device=DEVICE)
+    size = fill(Config, method.recipe).size
+    model = method(method.Options(), 500, size, pretrained=False).to(DEVICE)
+    frames = torch.randn(tracklets, T, 3, *size, device=DEVICE)
     modality = torch.arange(tracklets) // (tracklets // 2)
     return model, frames, modality, torch.arange(tracklets // 2).repeat(2)
 
@@ -252,9 +257,42 @@ def step_of(model, frames, modality, label, precision="float32"):
     return step
 
 
+class Kernels(TorchDispatchMode):
+    """Counts operations that compute something: on a GPU, each starts a kernel or more."""
+    number = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.number += not operation.is_view
+        return operation(*args, **kwargs or {})
+
+
+def product(precision, n=8192 if IS_CUDA else 2048):
+    """-> FLOP/s of a plain product."""
+    a = torch.randn(n, n, device=DEVICE, dtype=getattr(torch, precision))
+    a @ a
+    return 2 * n ** 3 / seconds_of(lambda: a @ a)
+
+
+def steps(method, tracklets, T, precisions):
+    """Steps of a method's paper preset: frames/s, TFLOP/s, operations, peak memory."""
+    model, *batch = paper(method, tracklets, T)
+    for precision in precisions:
+        step = step_of(model, *batch, precision)
+        step()
+        with FlopCounterMode(display=False) as flops, Kernels() as kernels:
+            step()
+        seconds = seconds_of(step)
+        rate = flops.get_total_flops() / seconds
+        share = rate / product(precision)
+        work = f"{method.__name__}, paper's preset, {tracklets} x {T}, {precision}"
+        print_row("training step", work, f"{tracklets * T / seconds:.4g} frames/s",
+                  f"{rate / 1e12:.3g} TFLOP/s", f"{share:.0%}")
+        print_row("", f"operations of it: {kernels.number:,}", "")
+
+
 def network(tracklets, T, precisions):
     """The paper's preset, against itself as one would write it first."""
-    model, *batch = paper(tracklets, T)
+    model, *batch = paper(Untrained, tracklets, T)
     plain, N = written_plainly(model), tracklets * T
 
     @torch.inference_mode()
@@ -282,7 +320,7 @@ def small_step(method, steps):
 
 def peak_of_steps(tracklets, T, precision):
     """-> bytes at most in two steps (Adam's moments come with the first); on a CPU, of all."""
-    model, *batch = paper(tracklets, T)
+    model, *batch = paper(Untrained, tracklets, T)
     step = step_of(model, *batch, precision)
     step()
     step()
@@ -318,6 +356,8 @@ def main():
     reranking(500 if quick else 2000)
     loading(2 if quick else 10)
     network(B, T, precisions)
+    for method in Untrained, LSMRL:
+        steps(method, B, T, precisions)
     for method in DinoGRL, LSMRL:
         small_step(method, 2 if quick else 10)
 

@@ -1,7 +1,7 @@
 """PBMGE's sorted form against the paper's formulas: values, gradients, running statistics."""
 import itertools
 
-from pbmge import PBMGE, Enhance, enhance_as_written, prepare
+from pbmge import PBMGE, attend, enhance_as_written, prepare
 
 import pytest
 import torch
@@ -59,16 +59,24 @@ def test_degenerate_affinities():
     """Constant f (of either sign, or 0), ties among the source's values, thresholds equal to a
     value, both signs of zero."""
     torch.manual_seed(1)
-    module = no_identity(Enhance(6)).double().eval().requires_grad_(False)
+    module = no_identity(PBMGE(dim=6, strips=(1, 1))).double().eval().requires_grad_(False)
     source = torch.tensor([[0.0, 1.0, -1.0, 1.0, -0.0, 3.0]]).double()
     for numbers in itertools.product((0.0, 1.0), (-1.0, 0.0, 1.0), repeat=2):
-        for conv, (weight, bias) in zip((module.theta, module.phi), (numbers[:2], numbers[2:]),
-                                        strict=True):
-            conv.weight.fill_(weight)
-            conv.bias.fill_(bias)
+        for name, parameter in module.named_parameters():
+            if "theta" in name or "phi" in name:
+                parameter.fill_(numbers[2 * ("phi" in name) + name.endswith("bias")])
         for query in (source, -0.0 * source):
-            got = module(query, prepare(source), module.products())
-            torch.testing.assert_close(got, literal_enhance(module, query, source))
+            parts = torch.stack([query, source], 1)    # one enhancement of each stream
+            torch.testing.assert_close(module(parts, parts), literal_pbmge(module, parts, parts))
+
+
+def test_alpha_is_zero_of_either_sign():
+    source, query, ones = torch.randn(1, 2, 5, 6), torch.zeros(2, 5, 6), torch.ones(2, 2, 1, 1)
+    (part,) = prepare(source, 0 * ones, ones)    # v1 = v2 = 1
+    for zero, beta in itertools.product((0.0, -0.0), (-1.0, 1.0)):
+        offset = torch.tensor([zero, beta])[:, None, None] * ones
+        got = attend(query, *part, zero * ones, offset)
+        assert (got[:, 0] == 6 * max(beta, 0)).all() and (got[:, 1] == 6 * min(beta, 0)).all()
 
 
 def test_starts_as_the_identity():
