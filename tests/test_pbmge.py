@@ -64,25 +64,31 @@ def test_degenerate_affinities():
     for numbers in itertools.product((0.0, 1.0), (-1.0, 0.0, 1.0), repeat=2):
         for name, parameter in module.named_parameters():
             if "theta" in name or "phi" in name:
-                parameter.fill_(numbers[2 * ("phi" in name) + name.endswith("bias")])
+                place = 2 * ("phi" in name) + name.endswith("bias")
+                parameter.fill_(numbers[place])
         for query in (source, -0.0 * source):
             parts = torch.stack([query, source], 1)    # one enhancement of each stream
-            torch.testing.assert_close(module(parts, parts), literal_pbmge(module, parts, parts))
+            want = literal_pbmge(module, parts, parts)
+            torch.testing.assert_close(module(parts, parts), want)
 
 
 def test_alpha_is_zero_of_either_sign():
-    source, query, ones = torch.randn(1, 2, 5, 6), torch.zeros(2, 5, 6), torch.ones(2, 2, 1, 1)
+    source = torch.randn(1, 2, 5, 6)
+    query = torch.zeros(2, 5, 6)
+    ones = torch.ones(2, 2, 1, 1)
     (part,) = prepare(source, 0 * ones, ones)    # v1 = v2 = 1
     for zero, beta in itertools.product((0.0, -0.0), (-1.0, 1.0)):
         offset = torch.tensor([zero, beta])[:, None, None] * ones
-        got = attend(query, *part, zero * ones, offset)
-        assert (got[:, 0] == 6 * max(beta, 0)).all() and (got[:, 1] == 6 * min(beta, 0)).all()
+        confirmed, contradicted = attend(query, *part, zero * ones, offset).unbind(1)
+        assert (confirmed == 6 * max(beta, 0)).all()
+        assert (contradicted == 6 * min(beta, 0)).all()
 
 
 def test_starts_as_the_identity():
     gait, appearance = torch.randn(2, 4, 31, 16)
     pbmge = PBMGE(dim=16, strips=(1, 2, 4, 8, 16))
-    for x, y in zip((gait, appearance), pbmge(gait, appearance), strict=True):
+    refined = pbmge(gait, appearance)
+    for x, y in zip((gait, appearance), refined, strict=True):
         torch.testing.assert_close(y, torch.cat([x, x[:, :1].expand(-1, 4, -1)], dim=1))
 
 
