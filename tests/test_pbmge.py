@@ -38,8 +38,8 @@ def test_values_gradients_and_statistics_equal_the_literal_form(training):
     sorted_form = no_identity(PBMGE(dim=24, strips=(1, 2, 4))).double().train(training)
     literal = PBMGE(dim=24, strips=(1, 2, 4)).double().train(training)
     literal.load_state_dict(sorted_form.state_dict())
-    inputs = [torch.randn(5, 7, 24, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    weights = torch.randn(2, 5, 9, 24, dtype=torch.float64)
+    inputs = [torch.randn(5, 7, 24).double().requires_grad_() for _ in range(2)]
+    weights = torch.randn(2, 5, 9, 24).double()
 
     def results(module, function):
         outputs = function(*inputs)
