@@ -60,7 +60,7 @@ def roll_patches(patches, grid, sign=1):
     shift = SHIFT[row % 3, column % 3].flatten()    # (N,)
     time = torch.arange(T)[:, None]
     source = (time - sign * shift) % T    # (T, N): the frame that each patch comes from
-    source = source.to(patches.device)[None, :, :, None]
+    source = source.to(patches.device, non_blocking=True)[None, :, :, None]
     return patches.gather(1, source.expand_as(patches))
 
 
@@ -179,15 +179,14 @@ class CMI(nn.Module):
 def partners(modality, label):
     """modality (B,), label (B,) -> (B,): each tracklet's partner, the k-th visible of an identity
     with its k-th infrared one. Every identity must come as often in either modality."""
-    visible = (modality == 0).nonzero()[:, 0]
-    infrared = (modality == 1).nonzero()[:, 0]
-    visible = visible[label[visible].argsort(stable=True)]
-    infrared = infrared[label[infrared].argsort(stable=True)]
-    assert torch.equal(label[visible], label[infrared]), \
+    # Visible tracklets first, each half by identity.
+    order = (modality * (label.max() + 1) + label).argsort(stable=True)
+    other = order.roll(len(order) // 2)
+    pair = torch.stack([label, modality])
+    assert torch.equal(pair[:, order], torch.stack([label, 1 - modality])[:, other]), \
         "every identity needs as many visible as infrared tracklets in a batch"
     partner = torch.empty_like(label)
-    partner[visible] = infrared
-    partner[infrared] = visible
+    partner[order] = other
     return partner
 
 
@@ -231,14 +230,15 @@ def contrast_loss(x, label, modality, temperature=0.1):
 def centre_loss(x, label, modality):
     """Modality level, for generalisation to unseen categories: x (B, D) -> scalar, the squared
     distance of an identity's visible and infrared centres, mean over the identities. [ours]"""
-    _, identity = label.unique(return_inverse=True)
-    member = F.one_hot(identity).to(x.dtype)    # (B, P)
+    same = label[:, None] == label
 
-    def centres(m):
-        side = (member * (modality == m)[:, None]).t()    # (P, B)
-        return side @ x / side.sum(1, keepdim=True)    # (P, D)
+    def centres(m):    # of each tracklet's identity in one modality
+        side = (same & (modality == m)).to(x.dtype)    # (B, B)
+        return side @ x / side.sum(1, keepdim=True)    # (B, D)
 
-    return (centres(0) - centres(1)).square().sum(1).mean()
+    apart = (centres(0) - centres(1)).square().sum(1)
+    weight = 1 / same.sum(1)    # so that an identity counts once, whatever its tracklets
+    return (weight * apart).sum() / weight.sum()
 
 
 def consistency_loss(z, c):

@@ -149,11 +149,11 @@ class AppearanceStream(nn.Module):
         B, T = frames.shape[:2]
         order = modality.argsort(stable=True)    # visible tracklets first
         n_visible = T * (modality == 0).sum().item()    # frames
-        frames = frames[order.to(frames.device)].flatten(0, 1)
+        frames = frames[order.to(frames.device, non_blocking=True)].flatten(0, 1)
         frames = frames.contiguous(memory_format=torch.channels_last)    # convolutions like it
         stems = [self.visible_stem(frames[:n_visible]), self.infrared_stem(frames[n_visible:])]
         maps = self.backbone(torch.cat(stems)).unflatten(0, (B, T))    # (B, T, C, h, w)
-        back = order.argsort().to(frames.device)
+        back = order.argsort().to(frames.device, non_blocking=True)
         return self.parts(maps)[back], {}
 
 

@@ -66,7 +66,8 @@ def test_degenerate_affinities():
                 place = 2 * ("phi" in name) + name.endswith("bias")
                 parameter.fill_(numbers[place])
         for query in (source, -0.0 * source):
-            parts = torch.stack([query, source], 1)    # one enhancement of each stream
+            # One enhancement of each stream.
+            parts = torch.stack([query, source], 1)
             want = literal_pbmge(module, parts, parts)
             torch.testing.assert_close(module(parts, parts), want)
 
