@@ -14,7 +14,7 @@ from support.weights import digests, take_weights, without_frozen
 import pytest
 import torch
 
-SIZE = 64, 32
+SIZE, CHANNELS_LAST = (64, 32), torch.channels_last
 SMALL = Options(width=8, blocks=(1, 1, 1, 1), strides=(1, 1, 1, 1), gait_strides=(1, 1, 1, 1),
                 strips=(1, 2, 4), dim=16, dino_size=(112, 56), code_size=(16, 8),
                 dinov2="tiny-random", resnet_weights="random")
@@ -50,6 +50,17 @@ def test_embedding_does_not_depend_on_the_batch_nor_on_the_order_of_tracklets_an
     alone = [model.embed(FRAMES[i:i + 1].flip(1), MODALITY[i:i + 1]) for i in range(4)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(together, model.embed(FRAMES, 1 - MODALITY))    # two stems
+
+
+def test_both_backbones_get_maps_with_channels_last():
+    """Convolutions are faster so, on a GPU above all. The codes and the frames come otherwise."""
+    model, formats = small_model(), []
+    for net in model.streams["appearance"], model.sasgl.gait_net:
+        net.backbone.register_forward_pre_hook(
+            lambda _, given: formats.append(given[0].is_contiguous(memory_format=CHANNELS_LAST)))
+    losses_of(model)
+    embedding_of(model)
+    assert formats == [True] * 4
 
 
 @pytest.mark.parametrize("switches, parts, number", [

@@ -7,6 +7,7 @@ import signal
 
 from lsmrl import LSMRL
 from scripts import OPTIONS, TINY_LSMRL, fails, here, log_of, results_of, succeeds, tensors_of
+from support.files import write_atomic
 
 import pytest
 import torch
@@ -110,6 +111,28 @@ def test_a_disk_that_fills_up_keeps_the_checkpoint(whole, one_epoch):
     assert len(log_of(parts)) == 2
     succeeds(here("train.py", "--resume", parts, "--epochs", 2))
     same_run(whole("lsmrl"), parts)
+
+
+def test_a_failure_of_the_gpu_while_saving_is_not_one_of_the_disk(tmp_path):
+    def write(file):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        write_atomic(tmp_path / "last.pt", write)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script, where, word", [
+    ("train.py --resume", "forward", "--identities"),
+    ("evaluate.py --checkpoint", "embed", "--test-batch")])
+def test_a_full_gpu_is_one_line(script, where, word, one_epoch, monkeypatch):
+    def full(*given):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    run = one_epoch("lsmrl")
+    monkeypatch.setattr(LSMRL, where, full)
+    more = ["--epochs", 2] if where == "forward" else []
+    fails(here(*script.split(), run, *more), "memory is full", word)
 
 
 def test_a_stop_at_the_last_moment_of_saving_keeps_the_checkpoint(one_epoch, monkeypatch):
