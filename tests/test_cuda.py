@@ -2,11 +2,10 @@
 
 A fake tensor has a shape, a type and a device, but no numbers. torch asks a TorchDispatchMode
 before each operation. Ours lets those of the CPU run; those of CUDA give fake tensors; what the CPU
-reads of them is made up. So all of train.py runs. Faults: an operation on tensors of both devices
-(a CPU tensor may be a number, of no dimension), a product of two float types. Waits of the CPU for
-all that the GPU has yet to do: it reads a number, a shape depends on numbers, a copy between the
-two is not `non_blocking`. Kernels: operations of CUDA that compute or copy. Not seen: what they
-compute, whether CUDA has one for a type, time, memory. All three, in a step of any options:
+reads of them is made up. So all of train.py runs. Faults: an operation on tensors of both devices,
+a product of two float types. Waits of the CPU for the GPU: it reads a number, a shape depends on
+numbers, a copy between the two is not `non_blocking`. Kernels: operations of CUDA that compute or
+copy. Not seen: what they compute, whether CUDA has one for a type, time, memory. All three:
 
     PYTHONPATH=. python tests/test_cuda.py --preset small --epochs 1 --steps 2
 """
@@ -113,8 +112,7 @@ def pretended_gpu():
 
 @pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_available(), reason="no GPU, Linux")
 @pytest.mark.parametrize("method,precision", [("dinogrl", "bfloat16"), ("lsmrl", "float16")])
-def test_a_run_on_cuda_mixes_nothing_and_waits_here_alone(
-        walkers, tmp_path, monkeypatch, method, precision):
+def test_a_run_mixes_nothing_and_waits_here(walkers, tmp_path, monkeypatch, method, precision):
     run, words = tmp_path / "run", ("--device", "cuda:0", "--precision", precision)
     with pretended_gpu() as cuda:
         succeeds(here("train.py", "--data", walkers, "--run", run, *OPTIONS[method], *words))
