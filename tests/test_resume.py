@@ -89,7 +89,10 @@ def test_ctrl_c_says_how_to_go_on(whole, one_epoch, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(LSMRL, "forward", interrupted)
+        # A shell lets what it starts in the background ignore Ctrl-C.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         result = here("train.py", "--resume", parts, "--epochs", 2, "--workers", 1)
+        signal.signal(signal.SIGINT, before)
     assert result.returncode == 130 and f"train.py --resume {parts}" in result.stderr
     assert len(result.stderr.splitlines()) == 1 and tensors_of(parts)["epoch"] == 1
     succeeds(here("train.py", "--resume", parts, "--epochs", 2))
