@@ -181,7 +181,8 @@ def evaluate(model, dataset, config, rerank=False):
 
     # Both directions, by the whole embedding and by each stream alone.
     found, directions, errors, streams = {}, {}, {}, {}
-    for d in [d for d in DIRECTIONS if d not in unranked(dataset)]:
+    lost = unranked(dataset)
+    for d in [d for d in DIRECTIONS if d not in lost]:
         labels = labels_of(dataset, d)
         found[d] = distance_of(dataset, d, embeddings, model.device, rerank), *labels
         directions[d], errors[d] = score(*found[d]), equal_error(*found[d])

@@ -14,6 +14,7 @@ nearest even if that person is not in the gallery.)
 """
 import os
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,7 +66,7 @@ def see_images(model, config, frames):
 
 def readable(found, path):
     """--skip-unreadable: {name: frames} -> the same without the frames that cannot be read."""
-    broken = torn([frame for frames in found.values() for frame in frames])
+    broken = torn([*chain(*found.values())])
     print(f"{len(broken)} frames under {path} cannot be read and are skipped")
     kept = {name: tuple(f for f in frames if f not in broken) for name, frames in found.items()}
     kept = {name: frames for name, frames in kept.items() if frames}
@@ -81,7 +82,7 @@ def embed_footage(model, config, path, modality, how, is_skipping):
         print(f"{path} itself holds frames: they are one tracklet; give each tracklet a folder")
     if is_skipping:
         found = readable(found, path)
-    frames = [frame for frames in found.values() for frame in frames]
+    frames = [*chain(*found.values())]
     for note in notes_on(frames):
         print(f"note: {path}: {note}")
     tracklets = [Tracklet(frames, None, None, modality) for frames in found.values()]
@@ -90,12 +91,12 @@ def embed_footage(model, config, path, modality, how, is_skipping):
 
 def name_torn(*folders):
     """Raises UserError that names the frames of all these folders that cannot be read, if any."""
-    broken = [*torn([frame for folder in folders for frames in find_footage(folder).values()
-                     for frame in frames]).values()]
+    tracklets = chain(*(find_footage(folder).values() for folder in folders))
+    broken = torn([*chain(*tracklets)])
     if broken:
-        raise UserError("\n".join([*broken[:MOST], f"{len(broken)} frames cannot be read; extract "
-                                   "them again, or remove them, or go on without them by "
-                                   "--skip-unreadable"]))
+        last = (f"{len(broken)} frames cannot be read; extract them again, or remove them, or go "
+                "on without them by --skip-unreadable")
+        raise UserError("\n".join(list(broken.values())[:MOST] + [last]))
 
 
 def open_gallery(model, config, options, how, is_skipping):

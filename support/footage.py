@@ -53,8 +53,7 @@ def picture(image, size):
 
 @contextmanager
 def opened(frame):
-    """The open image of a path, an array or an image; whatever fails while it is read is a
-    UserError that names it."""
+    """The open image of a path, an array or an image. Raises UserError for whatever fails in it."""
     is_path = isinstance(frame, PATH)
     try:
         image = Image.fromarray(frame) if isinstance(frame, np.ndarray) else frame
@@ -66,11 +65,12 @@ def opened(frame):
         name = frame if is_path else f"a frame of type {type(frame).__name__}"
         raise UserError(f"{name} cannot be read as an image ({in_short(error)}); extract or "
                         "download it again; python data.py PATH lists all in a dataset") from None
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = False    # also if it could not even be opened
 
 
 def pages(image):
-    """The numbers of the pictures in an open file. A TIFF's reduced pages (previews) and an MPO's
-    second view are none."""
+    """The numbers of an open file's pictures, without a TIFF's previews, an MPO's second view."""
     numbers = []
     for n in range(1 if image.format == "MPO" else getattr(image, "n_frames", 1)):
         if image.format == "TIFF":

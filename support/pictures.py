@@ -270,7 +270,7 @@ def mean_iou(model, dataset, size):
     """The mean IoU of silhouettes and true masks in eight frames of 32 test tracklets; None if
     there are none of the one or of the other."""
     found = []
-    for t in evenly(dataset.test, 32) if model.sasgl is not None else []:
+    for t in dict.fromkeys(evenly(dataset.test, 32)) if model.sasgl is not None else []:
         paths = evenly(t.frames, 8)
         masks = true_masks(dataset.root, paths, size)
         if masks is not None:
