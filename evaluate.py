@@ -21,12 +21,13 @@ files); each stream alone; re-ranking (Zhong et al., CVPR 2017); the equal error
 import os
 import time
 
-from data import DIRECTIONS, Frames, load_dataset
+from data import DIRECTIONS, Frames, augment, load_dataset
 from support import parallel, pictures
 from support.check import unranked
 from support.files import UserError, write_json, write_log
 from support.footage import normalise
 from support.options import Parser, cli, progress, typed
+from support.tour import tour
 from support.weights import add_run_options, check_reader, load_run
 
 import numpy as np
@@ -253,6 +254,7 @@ def rank_1_of(results):
 def main():
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", metavar="DIR", help="write results.json and pictures there")
+    parser.add_argument("--tour", metavar="DIR", help="draw one query's way through the model")
     parser.add_argument("--rerank", action="store_true", help="k-reciprocal re-ranking")
     add_run_options(parser)    # --checkpoint, --data, --all-frames, ...
     given = typed(parser)    # only what was typed
@@ -267,7 +269,13 @@ def main():
     if trained["dataset"] not in ("", dataset.name):
         head["trained_on"] = trained["dataset"]
         parallel.say(f"trained on {trained['dataset']}, tested on {dataset.name}")
-    report(model, dataset, config, given.get("out", ""), head, **how)
+    if "tour" in given:
+        embeddings = embed_tracklets(model, dataset.test, config)
+        found = distance_of(dataset, DIRECTIONS[0], embeddings, model.device)
+        tour(given["tour"], model, dataset, config.size, embeddings,
+             (found, *labels_of(dataset, DIRECTIONS[0])), augment)
+    else:
+        report(model, dataset, config, given.get("out", ""), head, **how)
     parallel.leave()
 
 

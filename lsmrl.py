@@ -38,6 +38,7 @@ from functools import partial
 
 from support.clip import CLIP_MODELS, Attention, Block, load_clip, prompt_of
 from support.files import UserError
+from support.footage import as_pixels
 from support.method import Method
 from support.options import option
 from support.parallel import gathered
@@ -343,9 +344,29 @@ class LSMRL(Method):
         _, z, f = self.features(frames, self.bank)
         return side_by_side(z, f)[:, None]
 
+    def seen(self, frames):
+        """See Method.seen: patches as the shift encoders roll them, a frame bright where its token
+        looks, the sentences that are read most (#7: the eighth training identity's). [ours]"""
+        (B, T, _, *size), grid = frames.shape, self.clip.visual.grid
+        patch, pixels = size[0] // grid[0], as_pixels(frames).flatten(0, 1)    # (B*T, 3, H, W)
+        patches = F.unfold(pixels, patch, stride=patch).mT.unflatten(0, (B, T))    # (B, T, N, _)
+        rolled = roll_patches(patches, grid).flatten(0, 1).mT
+        rows = {"shifted": F.fold(rolled, size, patch, stride=patch)}
+        look, reads = self.reading(frames)
+        if look is not None:
+            light = look / look.amax((2, 3), True)
+            light = F.interpolate(light, size, mode="bilinear").flatten(0, 1)[:, None]
+            rows["looks at"] = pixels * (0.15 + 0.85 * light)
+        captions = []
+        for own in [] if reads is None else reads:
+            most = own.argsort(descending=True)[:4].tolist()
+            captions.append([f"{own[i]:.1%} #{i}" for i in most])
+        return rows, captions
+
     def reading(self, frames):
-        """For pictures, see Method.reading: where the last block's tokens look (None if it is a
-        grouped one, whose tokens look into all frames), whose sentences they read. [ours]"""
+        """-> where the last block's tokens look (B, T, h, w), or None if it is a grouped one, whose
+        tokens look into all frames; the share of each sentence in what they read (B, C), or None
+        without SD. [ours]"""
         grid, inputs = self.clip.visual.grid, []
         attention = self.clip.visual.transformer.resblocks[-1].attn
         hook = attention.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))

@@ -222,7 +222,9 @@ class SASGL(nn.Module):
     @torch.no_grad()
     def features(self, frames):
         """Frames (N, 3, H, W) -> last (N, h, w, D), mid4 (N, h, w, 4D), on the prior's grid."""
-        frames = F.interpolate(frames, self.dino_size, mode="bilinear", align_corners=False)
+        # As one picture of 3N channels: with 3, torch is eight times slower on one thread.
+        frames = F.interpolate(frames.flatten(0, 1)[None], self.dino_size, mode="bilinear")
+        frames = frames.view(-1, 3, *self.dino_size)
         layers = self.prior.get_intermediate_layers(frames, n=self.blocks, norm=False)
         last = self.prior.norm(layers[-1])
         mid4 = torch.cat(layers, dim=2)

@@ -1,11 +1,9 @@
 """Who is this? A search in your own footage.
 
-    python search.py --checkpoint RUN --query DIR --gallery DIR --save SAVED
-    python search.py --checkpoint RUN --query DIR --gallery SAVED        embeds the queries alone
+    python search.py --checkpoint RUN --query DIR --gallery DIR
 
-    --gallery DIR -> find_footage -> embed_tracklets -> (G, parts, dim) -> SAVED/embeddings.npy
-                                                               |
-    --query DIR -> the same -> (Q, parts, dim) -------> distances -> nearest -> ranked lists
+    --gallery DIR -> find_footage -> embed_tracklets -> (G, parts, dim) --+
+    --query DIR -> the same -> (Q, parts, dim) ----------------------> distances -> ranked lists
 
 DIR holds a folder of frames for each tracklet. README.md shows a search from Python.
 
@@ -15,29 +13,24 @@ nearest even if that person is not in the gallery.)
 import os
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from types import SimpleNamespace
 
 from data import INFRARED, MODALITIES, VISIBLE, Tracklet
 from evaluate import distances, embed_tracklets
 from support.check import MOST, torn
-from support.files import UserError, read_json, write_atomic, write_json, write_picture
+from support.files import UserError, write_picture
 from support.footage import find_footage, normalise, notes_on, read_frames
 from support.options import Parser, add_options, cli, fill, option, typed
-from support.pictures import BLACK, GREY, Found, draw_ranking, evenly
-from support.weights import add_run_options, digest, load_run
+from support.pictures import BLACK, GREY, Found, draw_ranking
+from support.weights import add_run_options, load_run
 
-import numpy as np
 import torch
-
-SAVED = "embeddings.npy"    # in the folder of a saved gallery
 
 
 @dataclass
 class Options:
-    query: str = option("", "folder: who is asked for; without it --save only embeds")
-    gallery: str = option("", "folder: where to search, footage or what --save has made")
-    save: str = option("", "folder: keep the gallery's embeddings for later searches")
+    query: str = option("", "folder: who is asked for")
+    gallery: str = option("", "folder: where to search")
     query_modality: str = option(INFRARED, "of all queries", MODALITIES)
     gallery_modality: str = option(VISIBLE, "of the whole gallery", MODALITIES)
     top: int = option(10, "places in each list")
@@ -75,7 +68,7 @@ def readable(found, path):
     return kept
 
 
-def embed_footage(model, config, path, modality, how, is_skipping):
+def embed_footage(model, config, path, modality, is_skipping):
     """-> {name: paths of its frames}, embeddings (N, parts, dim). Raises UserError."""
     found = find_footage(path)
     if list(found) == [os.path.basename(os.path.abspath(path))]:
@@ -86,7 +79,7 @@ def embed_footage(model, config, path, modality, how, is_skipping):
     for note in notes_on(frames):
         print(f"note: {path}: {note}")
     tracklets = [Tracklet(frames, None, None, modality) for frames in found.values()]
-    return found, embed_tracklets(model, tracklets, config, how["frame_rule"])
+    return found, embed_tracklets(model, tracklets, config, config.frame_rule or "chunks")
 
 
 def name_torn(*folders):
@@ -99,28 +92,6 @@ def name_torn(*folders):
         raise UserError("\n".join(list(broken.values())[:MOST] + [last]))
 
 
-def open_gallery(model, config, options, how, is_skipping):
-    """-> embeddings (G, parts, dim), {name: three frames}. how: by which model, with which frames;
-    a saved gallery must have been embedded in the same way. Raises UserError."""
-    saved = Path(options.gallery, SAVED)
-    if saved.is_file():
-        about = read_json(saved.with_name("names.json"))
-        if about["how"] != how:
-            raise UserError(f"{options.gallery} was embedded with {about['how']}; expected {how}, "
-                            "as for the queries; embed the gallery again")
-        # It is read part by part, so it may be larger than the memory.
-        return torch.from_numpy(np.load(saved, mmap_mode="c")), about["shown"]
-    found, embeddings = embed_footage(model, config, options.gallery, options.gallery_modality, how,
-                                      is_skipping)
-    shown = {name: evenly(frames, 3) for name, frames in found.items()}
-    if options.save:
-        write_json(f"{options.save}/names.json", {"how": how, "shown": shown})
-        # The last file, because it makes the folder a saved gallery.
-        write_atomic(f"{options.save}/{SAVED}", lambda file: np.save(file, embeddings))
-        print(f"{len(embeddings):,} tracklets embedded in {options.save}")
-    return embeddings, shown
-
-
 def main():
     parser = Parser(description=__doc__.split("\n\n")[0])
     add_options(parser, Options)
@@ -128,26 +99,21 @@ def main():
     parser.add_argument("--skip-unreadable", action="store_true", help="leave broken frames out")
     given = typed(parser)
     options = fill(Options, given)
-    if not options.gallery or not (options.query or options.save):
-        raise UserError("nothing to search; expected --gallery and --query, or --save; see --help")
+    if not options.gallery or not options.query:
+        raise UserError("nothing to search; expected --gallery and --query; see --help")
     model, config, trained = load_run(given.get("checkpoint", ""), given)
-    how = {"model": digest(model), "frames": config.test_frames or config.frames,
-           "frame_rule": config.frame_rule or "chunks"}
     is_skipping = "skip_unreadable" in given
     try:
-        if options.query:    # first: the shorter wait if something is wrong
-            queries, query = embed_footage(model, config, options.query, options.query_modality,
-                                           how, is_skipping)
-        gallery, shown = open_gallery(model, config, options, how, is_skipping)
+        queries, query = embed_footage(model, config, options.query, options.query_modality,
+                                       is_skipping)
+        others, gallery = embed_footage(model, config, options.gallery, options.gallery_modality,
+                                        is_skipping)
     except UserError:    # of one frame
-        name_torn(*(folder for folder in (options.query, options.gallery)
-                    if folder and not Path(folder, SAVED).is_file()))
+        name_torn(options.query, options.gallery)
         raise
-    if not options.query:
-        return
     if trained["dataset"] == "walkers":
         print("trained on walkers, who are drawn: this model knows nothing of real people")
-    rows, names, modality = [], list(shown), options.query_modality
+    rows, names, modality = [], list(others), options.query_modality
     nearest, places = distances(query, gallery).sort(stable=True)    # of equal ones the first
     nearest, places = nearest[:, :options.top].tolist(), places[:, :options.top].tolist()
     for name, *ranked in zip(queries, nearest, places, strict=True):
@@ -157,7 +123,7 @@ def main():
         for distance, place in zip(*ranked, strict=True):
             other = names[place]
             print(f"{len(row):6}{distance:12.4f}  {other}")
-            row.append(Found(other, shown[other], GREY, distance))
+            row.append(Found(other, others[other], GREY, distance))
         rows.append(row)
     if options.figure:    # the first eight places of eight queries
         image = draw_ranking([row[:9] for row in rows[:8]], config.size)

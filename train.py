@@ -28,7 +28,7 @@ import walkers
 from data import Frames, IdentitySampler, augment, load_dataset
 from evaluate import report
 from support import parallel, weights
-from support.files import UserError, new_run, write_json
+from support.files import UserError, done, new_run, write_json
 from support.options import Parser, cli, configure, early, load_method, option, progress
 
 import numpy as np
@@ -44,6 +44,7 @@ class Config:
     precision: str = option("auto", "auto: float32 on a CPU, bfloat16 or float16 on a GPU",
                             ("auto", "bfloat16", "float16", "float32"))
     evaluate_every: int = option(0, "epochs between evaluations; 0: after the last alone")
+    evaluate_first: bool = option(False, "before the first step too: what a prior does alone")
     device: str = option("", "cuda, cuda:1, cpu; default: cuda if there is one")
     data: str = option("", "HITSZ-VCM, BUPTCampus, or your own folders; none: walkers")
     reader: str = option("", "FILE.py:FUNCTION of your own that reads --data")
@@ -83,14 +84,14 @@ def learning_rate_factor(config, epoch):    # counted from 0
 # -------------------------------------------------------------- the loop ----
 
 def train(config, dataset, loader, augmented, model, autocast, optimizer, scaler, log, save, test):
-    """Epochs len(log) + 1 to config.epochs. log: a dict for each epoch so far; augmented(uint8
+    """Epochs done(log) + 1 to config.epochs. log: a dict for each epoch so far; augmented(uint8
     frames, modality, generator) -> normalised frames."""
     device, rank = model.device, parallel.processes()[0]
     label_of = {pid: label for label, pid in enumerate(dataset.classes)}
     label_of_tracklet = torch.tensor([label_of[t.pid] for t in dataset.train])
     data_parallel = parallel.shared(model)    # the model itself if there is one process
 
-    for epoch in range(len(log), config.epochs):
+    for epoch in range(done(log), config.epochs):
         model.train()
         loader.batch_sampler.epoch = epoch
         torch.manual_seed(config.seed + 1000 * epoch + 10 ** 6 * rank)    # of dropout, of blanking
@@ -224,8 +225,7 @@ def main():
     asked = read_command_line()
     config, method, checkpoint = asked.config, asked.method, asked.checkpoint
     device = parallel.join(config.device)
-    rank, world = parallel.processes()
-    dataset = training_data(config)
+    (rank, world), dataset = parallel.processes(), training_data(config)
     loader = loader_of(config, method, dataset, device)
     torch.backends.cudnn.benchmark = True    # the shapes are constant
     torch.manual_seed(config.seed)
@@ -239,8 +239,7 @@ def main():
     torch.manual_seed(config.seed + 10 ** 6 * rank)    # the warm-up's dropout
     model.to(device)
     optimizer = getattr(torch.optim, config.optimizer)(
-        model.parameter_groups(), lr=config.lr, weight_decay=config.weight_decay,
-        fused=device.type == "cuda")
+        model.parameter_groups(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     dtype = parallel.precision_of(config.precision, device)
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -263,10 +262,14 @@ def main():
     try:
         if not source and model.warm_up_steps:
             warm_up(model, loader, augmented, config, autocast, scaler)
+        if not checkpoint and config.evaluate_first:
+            log.append({"epoch": 0, "seconds": 0})
+            test()
         if not checkpoint:
             save()    # from here on a run that is killed can be resumed
-        if len(log) >= config.epochs or is_due(config, len(log)) and "rank-1" not in log[-1]:
-            test()    # which adds rank-1: the run was stopped before, or has nothing to train
+        is_tested, epoch = log and "rank-1" in log[-1], done(log)
+        if checkpoint and epoch >= config.epochs or not is_tested and is_due(config, epoch):
+            test()    # the run was stopped before it, or has nothing to train
         train(config, dataset, loader, augmented, model, autocast, optimizer, scaler, log, save,
               test)
     except torch.cuda.OutOfMemoryError:

@@ -27,14 +27,14 @@ import multiprocessing
 import os
 import shutil
 import signal
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
 from support import pedestrian
 from support.files import UserError
 from support.footage import normalise, read_frame
-from support.options import Parser, cli, fill, progress
+from support.options import Parser, add_options, cli, fill, option, progress
 from support.pedestrian import HAIR, ROLES, SKIN, Garment, View, Walker, draw_walker
 
 import numpy as np
@@ -245,31 +245,43 @@ def draw_tracklet(rng, walker, paint, camera, modality, frames):
 
 # ---------------------------------------------------------------- folder ----
 
-def write_walker(folder, pid, *, train_identities, tracklets, frames, height, cameras, uniform,
-                 seed, **_):
+@dataclass
+class Options:
+    train_identities: int = option(96, "people to train on")
+    test_identities: int = option(60, "people to test on")
+    tracklets: int = option(4, "per person and modality")
+    frames: int = option(12, "per tracklet, at least 12")
+    height: int = option(128, "pixels, varied by an eighth between cameras")
+    cameras: int = option(6, "places, each by day and by night")
+    uniform: float = option(0.0, "share of the people who are dressed alike")
+    seed: int = option(0, "another seed draws other people and places")
+
+
+def write_walker(folder, o, pid):
     """Draw one person by day and by night and write the pictures -> (pid, sentence), and (number of
-    the modality, pid, camera, names of the frames) of each tracklet. The arguments: see main."""
-    split, nth = ("Train", pid) if pid <= train_identities else ("Test", pid - train_identities)
+    the modality, pid, camera, names of the frames) of each tracklet. o: Options."""
+    nth = pid - o.train_identities
+    split, nth = ("Train", pid) if nth <= 0 else ("Test", nth)
     # The people in uniform are spread evenly.
-    is_dressed = (nth * uniform + 1e-9) % 1 < uniform
-    walker, written = make_walker(seed, pid, is_dressed), []
-    plan = default_rng([seed, OF_PLAN, pid])
+    is_dressed = (nth * o.uniform + 1e-9) % 1 < o.uniform
+    walker, written = make_walker(o.seed, pid, is_dressed), []
+    plan = default_rng([o.seed, OF_PLAN, pid])
     for modality, short in ("infrared", "ir"), ("visible", "rgb"):
         code = NUMBER[modality]
-        paint = make_paint(seed, 0 if is_dressed else pid, modality)    # 0 is the uniform's paint
+        paint = make_paint(o.seed, 0 if is_dressed else pid, modality)    # 0 is the uniform's paint
         # Each tracklet has another camera as long as there are cameras left.
-        rounds = [plan.permutation(cameras) + 1 for _ in range(0, tracklets, cameras)]
-        chosen = sorted(np.concatenate(rounds)[:tracklets].tolist())
+        rounds = [plan.permutation(o.cameras) + 1 for _ in range(0, o.tracklets, o.cameras)]
+        chosen = sorted(np.concatenate(rounds)[:o.tracklets].tolist())
         for track, number in enumerate(chosen):
-            camera = Camera(seed, number, cameras, height)
-            rng = default_rng([seed, OF_TRACKLET, pid, code, track])
+            camera = Camera(o.seed, number, o.cameras, o.height)
+            rng = default_rng([o.seed, OF_TRACKLET, pid, code, track])
             place, names = f"{split}/{pid:04d}/{short}/D{number}", []
             pictures, masks = folder / place, folder / "masks" / place
             for parent in pictures, masks:
                 parent.mkdir(parents=True, exist_ok=True)
             # Paths do not name the track: the second one of a camera continues the frame numbers.
-            first = chosen[:track].count(number) * frames + 1
-            walk = draw_tracklet(rng, walker, paint, camera, modality, frames)
+            first = chosen[:track].count(number) * o.frames + 1
+            walk = draw_tracklet(rng, walker, paint, camera, modality, o.frames)
             for i, (frame, mask) in enumerate(walk, first):
                 frame.save(pictures / f"{i}.jpg", quality=camera.quality)
                 mask.save(masks / f"{i}.png", compress_level=1)
@@ -292,32 +304,32 @@ def write_info(info, split, tracklets):
         (info / "query_IDX.txt").write_text(" ".join(rows) + "\n")
 
 
-def make_walkers(root, *, train_identities=96, test_identities=60, tracklets=4, frames=12,
-                 height=128, cameras=6, uniform=0.0, seed=0, workers=None):
-    """Write the folder described above, unless it is there already. Raises UserError."""
-    if frames < 12:
-        raise UserError(f"frames {frames}; expected 12 or more: readers drop shorter tracklets")
-    made = {"cameras": cameras, "drawing": DRAWING, "frames": frames, "height": height,
-            "seed": seed, "test_identities": test_identities, "tracklets": tracklets,
-            "train_identities": train_identities, "uniform": uniform}
+def make_walkers(root, workers=None, **chosen):
+    """Write the folder described above, unless it is there already. chosen: see Options. Raises
+    UserError."""
+    o = Options(**chosen)
+    if o.frames < 12:
+        raise UserError(f"frames {o.frames}; expected 12 or more: readers drop shorter tracklets")
+    made = {"drawing": DRAWING, **vars(o)}
     root = Path(root).absolute()
     # The folder gets its name when it is whole.
     making = root.with_name(f".{root.name}.making-{os.getpid()}")
     try:
         if not root.exists():
             (making / "info").mkdir(parents=True)
-            pids = range(1, 1 + train_identities + test_identities)
+            pids = range(1, 1 + o.train_identities + o.test_identities)
             # Only the main process reacts to Ctrl-C.
             ignored = signal.SIGINT, signal.SIG_IGN
             with multiprocessing.Pool(workers, signal.signal, ignored) as pool:
-                people = pool.imap(partial(write_walker, making, **made), pids)
+                people = pool.imap(partial(write_walker, making, o), pids)
                 sentences, walks = zip(*progress(people, "walkers", len(pids)), strict=True)
-            write_info(making / "info", "train", sum(walks[:train_identities], []))
-            write_info(making / "info", "test", sum(walks[train_identities:], []))
+            write_info(making / "info", "train", sum(walks[:o.train_identities], []))
+            write_info(making / "info", "test", sum(walks[o.train_identities:], []))
             for name, value in ("sentences", dict(sentences)), ("walkers", made):
                 (making / f"{name}.json").write_text(json.dumps(value, indent=1) + "\n")
             os.replace(making, root)
-            print(f"{root}: {train_identities} people to train on, {test_identities} to test on")
+            print(f"{root}: {o.train_identities} people to train on, "
+                  f"{o.test_identities} to test on")
     except OSError as error:
         if not root.exists():    # or another process was quicker
             raise UserError(f"{root} cannot be written ({error}); give another DIR") from None
@@ -363,15 +375,7 @@ def main():
     parser = Parser(description="Draw walking people, visible and infrared, in HITSZ-VCM's layout.")
     parser.usage = "%(prog)s DIR [options]"
     parser.add_argument("root", metavar="DIR", help="the folder to make")
-    number = partial(parser.add_argument, type=int, metavar="N")
-    number("--identities", dest="train_identities", help="people to train on (96)")
-    number("--test-identities", help="people to test on (60)")
-    number("--tracklets", help="per person and modality (4)")
-    number("--frames", help="per tracklet, at least 12 (12)")
-    number("--height", help="pixels, varied by an eighth between cameras (128)")
-    number("--cameras", help="places, each by day and by night (6)")
-    number("--seed", help="another seed draws other people and places (0)")
-    parser.add_argument("--uniform", type=float, metavar="SHARE", help="of people in uniform (0)")
+    add_options(parser, Options)
     make_walkers(**vars(parser.parse_args()))
 
 

@@ -23,7 +23,7 @@ VOCABULARY = str.split(
     "trousers shorts skirt hair afro bun cap hat backpack shoulder bag handbag trolley")
 # `tiny` was trained on walkers (support/priors.py), `tiny-random` is not trained.
 TINY_SIZES = {
-    "patch": 8, "grid": (16, 8), "width": 64, "depth": 4, "heads": 2, "dim": 64, "text_width": 32,
+    "patch": 16, "grid": (8, 4), "width": 96, "depth": 4, "heads": 3, "dim": 64, "text_width": 32,
     "text_depth": 2, "text_heads": 1, "words": len(VOCABULARY)}
 CLIP_MODELS = {"tiny": TINY_SIZES, "tiny-random": TINY_SIZES, "ViT-B-16": {
     "patch": 16, "grid": (14, 14), "width": 768, "depth": 12, "heads": 12, "dim": 512,

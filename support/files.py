@@ -96,10 +96,15 @@ def new_run(path, stem):
     return folder
 
 
+def done(log):
+    """How many epochs a log has."""
+    return log[-1]["epoch"] if log else 0
+
+
 def read_log(run, epochs):
-    """The first `epochs` lines of log.jsonl: a run stopped before its checkpoint has one more."""
-    lines = read_lines(f"{run}/log.jsonl") if epochs else []
-    return [json.loads(line) for line in lines[:epochs]]
+    """The lines of log.jsonl up to that epoch: a run stopped before its checkpoint has one more."""
+    log = map(json.loads, read_lines(f"{run}/log.jsonl"))
+    return [line for line in log if line["epoch"] <= epochs]
 
 
 def write_log(run, log):

@@ -150,6 +150,12 @@ def normalise(frames, channels=slice(None)):
     return (frames / 255).sub_(mean).div_(std)
 
 
+def as_pixels(frames):
+    """The inverse of normalise: float32 (..., 3, H, W) -> in 0..1."""
+    mean, std = (sent(x, frames.device)[:, None, None] for x in (MEAN, STD))
+    return frames * std + mean
+
+
 def natural(path):
     """Sort key: frame2 before frame10, and im.png before im2.png: endings come last."""
     def key(text):

@@ -48,7 +48,8 @@ class Method(nn.Module):
         """What embed gives for N tracklets -> {stream: (N, parts, dim)}, each ranked alone too."""
         return {}
 
-    def reading(self, frames):
-        """Frames (B, T, 3, H, W) -> where each frame's token looks (B, T, h, w) or None, and the
-        shares of the training identities' sentences that it reads (B, classes) or None; None for a
-        method that reads nothing."""
+    def seen(self, frames):
+        """For pictures: normalised frames (B, T, 3, H, W) -> {name: what the method makes of the
+        B * T frames, (N, h, w) or (N, 3, h, w) in 0..1, or codes (N, C, h, w)}, and words below the
+        pictures of each tracklet, a list of lists, or []."""
+        return {}, []

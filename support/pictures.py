@@ -7,7 +7,7 @@ import math
 from collections import defaultdict
 from typing import NamedTuple
 
-from support.files import write_picture
+from support.files import done, write_picture
 from support.footage import normalise, read_frames, true_masks
 
 import numpy as np
@@ -56,11 +56,11 @@ def in_a_row(images, width):
     return Image.fromarray((255 * row).round().byte().cpu().numpy())
 
 
-def in_columns(titles, rows, label, captions):
+def in_columns(titles, rows, captions=()):
     """A sheet with one column of T frames per tracklet -> PIL image.
 
-    rows: {name: the n * T pictures of all tracklets, see in_a_row}, the first of frames. captions:
-    for each tracklet the words below its pictures, or empty; label: what these words are."""
+    rows: {name: the n * T pictures of all tracklets (in_a_row) or codes (principal_colours)}, the
+    first of frames. captions: for each tracklet the words below its pictures, or empty."""
     n = len(titles)
     N, _, H, W = rows["frames"].shape
     T, width = N // n, HEIGHT * W // H
@@ -72,10 +72,10 @@ def in_columns(titles, rows, label, captions):
     for r, (name, images) in enumerate(rows.items()):
         y = 24 + r * down
         sheet.text(6, y + HEIGHT // 2 - 8, name)
+        if images.ndim == 4 and images.shape[1] != 3:
+            images = principal_colours(images)
         for c, own in enumerate(images.chunk(n)):
             sheet.image.paste(in_a_row(own, width), (130 + c * across, y))
-    if captions:
-        sheet.text(6, bottom - 6, label)
     for c, own in enumerate(captions):
         for k, words in enumerate(own):
             sheet.text(130 + c * across + k * width, bottom - 6, words, width)
@@ -109,39 +109,6 @@ def iou(silhouettes, masks):
     found = enlarged[:, 0] >= 0.5
     both, either = found & masks, found | masks
     return both.sum((1, 2)) / either.sum((1, 2)).clamp(1)
-
-
-def draw_silhouettes(titles, frames, codes, masks):
-    """What SASGL sees -> PIL image, with the IoU of silhouettes and true masks.
-
-    titles: of n tracklets; frames: uint8 (n * T, 3, H, W); codes: SASGL's Codes of the frames;
-    masks: the true ones, bool (n * T, H, W), or None."""
-    rows = {"frames": frames,
-            "body probability": codes.body,
-            "silhouette": codes.silhouette,
-            "denoising code": principal_colours(codes.denoising),
-            "appearance code": principal_colours(codes.appearance)}
-    captions = []
-    if masks is not None:
-        rows["true mask"] = masks
-        overlaps = iou(codes.silhouette, masks).chunk(len(titles))
-        captions = [[f"{overlap:.2f}" for overlap in own] for own in overlaps]
-    return in_columns(titles, rows, "IoU", captions)
-
-
-def draw_reading(titles, frames, look, captions):
-    """What LSMRL reads -> PIL image. A frame is bright where its token looks.
-
-    titles: of n tracklets; frames: uint8 (n * T, 3, H, W); look: the share of each patch in what
-    the frame's token reads, (n, T, h, w), or None; captions: for each tracklet the sentences that
-    it reads most, in words."""
-    rows = {"frames": frames}
-    if look is not None:
-        look = look.flatten(0, 1)[:, None].float().cpu()
-        look = look / look.amax((2, 3), True)
-        light = F.interpolate(look, frames.shape[-2:], mode="bilinear")
-        rows["looks at"] = frames / 255 * (0.15 + 0.85 * light)
-    return in_columns(titles, rows, "reads most of", captions)
 
 
 # ---------------------------------------------------------- ranked lists ----
@@ -302,38 +269,34 @@ def write_ranking(folder, dataset, found, size):
 
 
 def write_sheets(folder, model, dataset, size, log, head):
-    """sees.png: two people by night and by day as the model sees them. curves.png: the log, if
-    there is one."""
+    """sees.png (before the first step sees-0.png): two people by night and by day as the model sees
+    them. curves.png: the log, if there is one."""
     by_pid = defaultdict(dict)
     for t in dataset.test or dataset.train:
         by_pid[t.pid].setdefault(t.modality, t)
     people = [own for own in by_pid.values() if len(own) == 2]
     shown = [own[modality] for own in evenly(people, min(2, len(people)))
              for modality in ("infrared", "visible")]
-    if shown and (image := draw_seen(model, dataset, shown, size)):
-        write_picture(f"{folder}/sees.png", image)
+    if shown:
+        image = in_columns(*seen_by(model, dataset, shown, size, 4))
+        name = "sees-0" if log and not done(log) else "sees"    # before the first step
+        write_picture(f"{folder}/{name}.png", image)
     if log:
         image = draw_curves(log, f"{head['method']} on {dataset.name}")
         write_picture(f"{folder}/curves.png", image)
 
 
 @torch.inference_mode()
-def draw_seen(model, dataset, shown, size):
-    """Four frames of each tracklet as SASGL sees or LSMRL reads them -> PIL image, or None. #7: the
-    eighth training identity, by whose sentence a stranger is described."""
-    titles = list(map(name_of, shown))
-    paths = [path for t in shown for path in evenly(t.frames, 4)]
+def seen_by(model, dataset, tracklets, size, T):
+    """T frames of each tracklet, and what the model makes of them (see Method.seen), with the true
+    masks, if there are some -> titles, {row: pictures}, captions: the arguments of in_columns."""
+    paths = [path for t in tracklets for path in evenly(t.frames, T)]
     frames = read_frames(paths, size)
-    seen = normalise(frames.to(model.device))
-    if model.eval().sasgl is not None:
-        codes, _ = model.sasgl.encode(seen)
-        return draw_silhouettes(titles, frames, codes, true_masks(dataset.root, paths, size))
-    reading = model.reading(seen.unflatten(0, (-1, 4)))
-    if reading is None:
-        return None
-    look, reads = reading
-    captions = []
-    for own in reads if reads is not None else []:
-        most = zip(*own.topk(min(4, len(own))), strict=True)
-        captions.append([f"{share:.1%} #{i}" for share, i in most])
-    return draw_reading(titles, frames, look, captions)
+    seen = normalise(frames.to(model.device)).unflatten(0, (-1, T))
+    rows, captions = model.eval().seen(seen)
+    masks = true_masks(dataset.root, paths, size)
+    if masks is not None and "silhouette" in rows:
+        rows = {**rows, "true mask": masks}
+        overlaps = iou(rows["silhouette"], masks).chunk(len(tracklets))
+        captions = [[f"IoU {overlap:.2f}" for overlap in own] for own in overlaps]
+    return list(map(name_of, tracklets)), {"frames": frames, **rows}, captions

@@ -1,9 +1,9 @@
 """The two small priors of the offline demo: networks that a laptop can train and run.
 
-    python walkers.py runs/prior --seed 77 --identities 300 --tracklets 1 --cameras 99
+    python walkers.py runs/prior --seed 77 --train-identities 300 --tracklets 1 --cameras 99
     python -m support.priors dinov2 --data runs/prior/Train --dinov2-weights FILE
 
-    python walkers.py runs/people --seed 78 --identities 2400 --tracklets 1 --cameras 99
+    python walkers.py runs/people --seed 78 --train-identities 3600 --tracklets 1 --cameras 99
     python -m support.priors clip --data runs/people
 
 **dinov2: distillation** (Hinton et al., 2015). A small network, the student, learns to reproduce
@@ -21,7 +21,7 @@ The target stays that of the clean frame, so features become similar by day and 
     sentences (P,L) -------------> text side  -> text  (P,64) --+   rows and columns
 
 The cosine on the diagonal must be the largest of its row and of its column. As with the real CLIP,
-all pictures are daytime photographs: only spoiled frames prepare it for the night.
+all pictures are colour photographs of the day: nothing prepares it for the night.
 """
 import os
 
@@ -38,7 +38,8 @@ from torch import nn, optim
 
 FRAME = (128, 64)    # size of the frames
 COMPONENTS = 48    # principal components of a level (dinov2)
-EACH = 6    # frames of a person in each modality (clip)
+EACH = 12    # frames of a person in each modality (clip)
+HELD_OUT = 120    # people to measure with (clip)
 MEAN = footage.MEAN[:, None, None]    # ImageNet's
 STD = footage.STD[:, None, None]
 
@@ -82,6 +83,24 @@ def spoiled(frames, generator):
     frames = for_a_share(0.3, F.avg_pool2d(frames, 3, 1, 1, count_include_pad=False))
     noise = torch.randn(frames.shape, generator=generator) * drawn(0, 0.03)
     return (frames + noise).clamp(0, 1)
+
+
+def photographed(frames, generator):
+    """Frames (N, 3, H, W) in 0..1 -> each as another photograph of that day: mirrored or not, other
+    light and colours, blurred or not, a box in front of the person. Always in colour."""
+    N, _, H, W = frames.shape
+
+    def drawn(low, high, channels=1):
+        return low + (high - low) * torch.rand(N, channels, 1, 1, generator=generator)
+
+    frames = torch.where(drawn(0, 1) < 0.5, frames.flip(3), frames)
+    frames = frames * drawn(0.8, 1.2, 3)    # colours
+    frames = (frames - 0.5) * drawn(0.7, 1.3) + 0.5 + drawn(-0.1, 0.1)    # contrast, brightness
+    blurred = F.avg_pool2d(frames, 3, 1, 1, count_include_pad=False)
+    frames = torch.where(drawn(0, 1) < 0.3, blurred, frames)
+    down = (torch.linspace(0, 1, H)[:, None] - drawn(0, 1)).abs() < drawn(0, 0.15)
+    across = (torch.linspace(0, 1, W) - drawn(0, 1)).abs() < drawn(0, 0.3)
+    return torch.where(down & across, drawn(0, 1, 3), frames).clamp(0, 1)
 
 
 def fit(optimizer, schedule, steps, loss_of_step):
@@ -196,22 +215,20 @@ def make_clip(args, generator):
     """-> CLIP's tensors, and a line about its quality on people that it has not seen."""
     people, words, end = load_people(args.data)
     steps = args.steps or 8000
-    held_out = max(1, round(len(people) / 20))
+    held_out = min(HELD_OUT, len(people) // 2)
     model = clip.CLIP(**clip.TINY_SIZES)
 
     def loss_of_step():
         chosen = torch.randperm(len(people) - held_out, generator=generator)[:64] + held_out
         which = torch.randint(EACH, chosen.shape, generator=generator)
-        frames = cropped(people[chosen, 0, which], generator)
-        mirrored = torch.rand(len(frames), 1, 1, 1, generator=generator) < 0.5
-        frames = spoiled(torch.where(mirrored, frames.flip(3), frames), generator)
+        frames = photographed(cropped(people[chosen, 0, which], generator), generator)
         return contrastive_loss(
             image_features(model, frames), text_features(model, words[chosen], end[chosen]),
             model.logit_scale.exp().clamp(max=100))
 
     optimizer = optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
     # The learning rate rises for a tenth of the steps, then falls along a cosine.
-    schedule = optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.1)
+    schedule = optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
     fit(optimizer, schedule, steps, loss_of_step)
     # By night too, though it has learned from daytime frames alone.
     with torch.no_grad():

@@ -1,5 +1,4 @@
 """Weights: tensors read without running anything, loaded strictly, downloaded once; checkpoints."""
-import hashlib
 import json
 import os
 import warnings
@@ -7,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
-from support.files import UserError, in_short, read_log, write_atomic, write_log
+from support.files import UserError, done, in_short, read_log, write_atomic, write_log
 from support.options import add_options, early, fill, load_method
 from support.parallel import join, processes
 
@@ -88,24 +87,12 @@ def without_frozen(model):
     return {n: tensor for n, tensor in model.state_dict().items() if not n.startswith(model.frozen)}
 
 
-def digest(module):
-    """64 hex digits of a network's tensors: the same for the same tensors."""
-    found = hashlib.sha256()
-    for tensor in module.state_dict().values():
-        found.update(tensor.cpu().numpy().tobytes())
-    return found.hexdigest()
-
-
-def digests(model):
-    return {name: digest(model.get_submodule(name)) for name in model.frozen}
-
-
 def read_checkpoint(path):
     """The folder of a run, or its last.pt -> the dict that train.py saved. Raises UserError."""
     if os.path.isdir(path):
         path = f"{path}/last.pt"
     checkpoint = read_tensors(path)
-    if not checkpoint.keys() >= {"model", "frozen", "config", "options", "classes", "method"}:
+    if not checkpoint.keys() >= {"model", "config", "options", "classes", "method"}:
         raise UserError(f"{path} is not a checkpoint of this version of train.py: train again, or "
                         "check out the version that wrote it")
     return checkpoint
@@ -113,10 +100,6 @@ def read_checkpoint(path):
 
 def take_weights(model, checkpoint, path, but=()):
     """Load a checkpoint's tensors, all `but` those of such names. Raises UserError."""
-    for name, found in digests(model).items():
-        if found != checkpoint["frozen"].get(name):
-            raise UserError(f"{path} was trained with another {name}; expected the same frozen "
-                            "network: give the file it was trained with")
     kept = *model.frozen, *but
     tensors = {n: tensor for n, tensor in checkpoint["model"].items() if not n.startswith(kept)}
     own = {n: tensor for n, tensor in model.state_dict().items() if n.startswith(kept)}
@@ -137,10 +120,10 @@ def method_of(checkpoint, given):
 
 
 def save(run, log, model, optimizer, scaler, dataset, config, options):
-    """Process 0 writes log.jsonl and last.pt: all that a resume needs after len(log) epochs."""
+    """Process 0 writes log.jsonl and last.pt: all that a resume needs."""
     checkpoint = {
-        "model": without_frozen(model), "frozen": digests(model),
-        "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "epoch": len(log),
+        "model": without_frozen(model), "epoch": done(log),
+        "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
         "config": asdict(config), "options": asdict(options), "method": config.method,
         "classes": dataset.classes, "dataset": dataset.name}
     if processes()[0] == 0:

@@ -244,7 +244,7 @@ def step_of(model, frames, modality, label, precision="float32"):
     """-> a function that takes a training step. The rate is 0: all steps see the same."""
     model.to(DEVICE).train()
     frames, label = frames.to(DEVICE), label.to(DEVICE)
-    optimizer = torch.optim.Adam(model.parameter_groups(), lr=0.0, fused=IS_CUDA)
+    optimizer = torch.optim.Adam(model.parameter_groups(), lr=0.0, fused=True)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=precision == "float16")
     dtype = getattr(torch, precision)
 

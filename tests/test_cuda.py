@@ -31,7 +31,7 @@ OURS = {str(path) for path in [*ROOT.glob("*.py"), *ROOT.glob("support/*.py")]}
 PRODUCTS = str.split("mm bmm addmm baddbmm mv addmv dot convolution convolution_backward")
 ANSWERS = {    # as if there were a GPU; what a fake tensor cannot answer; fewer pictures: seconds
     "torch.cuda.is_available": lambda: True, "torch.cuda.is_bf16_supported": lambda **_: True,
-    "torch.cuda._lazy_init": int, "torch.cuda.set_device": str, "support.weights.digest": callable,
+    "torch.cuda._lazy_init": int, "torch.cuda.set_device": str,
     "torch.cuda.is_current_stream_capturing": bool, "torch.Tensor.pin_memory": lambda x, *_: x,
     "torch._subclasses.fake_tensor.init_cuda_context": str,    # torch 2.4; later by another name:
     "torch._subclasses.fake_tensor.init_gpu_context": str, "torch.backends.cudnn.enabled": False,

@@ -152,7 +152,6 @@ def test_your_own_code_is_run_only_where_the_command_line_names_it(walkers, tmp_
 def test_what_is_not_a_run_of_this_version_is_one_line(run_of, walkers, tmp_path):
     old = tensors_of(run_of("lsmrl"))
     old["config"] |= old.pop("options")    # one dict of both
-    del old["frozen"]
     torch.save(old, tmp_path / "old.pt")
     (tmp_path / "text.pt").write_text("hello")
     (tmp_path / "torn.pt").write_bytes((run_of("lsmrl") / "last.pt").read_bytes()[:10000])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 WORDS = [b"-1", b"0", b"9" * 20, b"1e9", b"\0", b"../x", b"\xd9\xa3", b"\xff", b"\n\n", b" ", b"{"]
-KEYS = ("model", "frozen", "config", "options", "classes", "method", "epoch", "dataset")
+KEYS = ("model", "config", "options", "classes", "method", "epoch", "dataset")
 
 
 def spoil(content, rng):    # one to three times

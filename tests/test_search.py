@@ -1,8 +1,7 @@
-"""search.py: the nearest, ranked lists as a user gets them, saved galleries.
+"""search.py: the nearest, ranked lists as a user gets them.
 
 What a tiny run finds means nothing, but equal frames are at distance 0 whatever the model.
 """
-import json
 import re
 import shutil
 
@@ -39,10 +38,10 @@ def call(run_of):
 
 @pytest.fixture(scope="module")
 def found(call, footage):
-    """What a search prints. It leaves f.png and saved/ beside the footage."""
-    out = ["--save", footage / "saved", "--figure", footage / "f.png"]
+    """What a search prints. It leaves f.png beside the footage."""
     result = succeeds(run(*call, "--query", footage / "queries", "--gallery", footage / "gallery",
-                          "--query-modality", "visible", "--top", 3, *out))
+                          "--query-modality", "visible", "--top", 3,
+                          "--figure", footage / "f.png"))
     return result.stdout
 
 
@@ -69,28 +68,6 @@ def test_a_search_ranks_the_gallery_for_each_query(found, footage):
     assert "walkers" in found    # the model knows no real people
     line = np.asarray(Image.open(footage / "f.png"))[30 + 56]    # through the first list
     assert (line == (150, 150, 150)).all(-1).sum() == 3 * 2 * 4    # grey edges of three
-
-
-def test_a_saved_gallery_gives_the_same_list_without_its_frames(found, call, footage, tmp_path):
-    """--save without --query only embeds."""
-    gallery, saved = tmp_path / "gallery", tmp_path / "saved"
-    shutil.copytree(footage / "gallery", gallery)
-    succeeds(here(*call, "--gallery", gallery, "--save", saved))
-    shutil.rmtree(gallery)
-    again = succeeds(here(*call, "--query", footage / "queries", "--gallery", saved, "--top", 3,
-                          "--query-modality", "visible")).stdout
-    assert lists(again) == lists(found)
-    assert np.load(saved / "embeddings.npy").shape[:2] == (12, 1)
-    shown = json.loads((saved / "names.json").read_text())["shown"]
-    assert list(shown)[:2] == ["cam0/0", "cam0/2"]
-
-
-@pytest.mark.parametrize("given, word", [
-    (["--frames", 1], "frames"), (["--checkpoint"], "model")])
-def test_a_gallery_embedded_in_another_way_is_refused(given, word, found, call, footage, run_of):
-    if word == "model":
-        given = [*given, run_of("dinogrl")]
-    fails(here(*call, "--query", footage / "queries", "--gallery", footage / "saved", *given), word)
 
 
 @pytest.mark.parametrize("given", [[], ["--query", "DIR"], ["--gallery", "DIR"]])

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 
 SMALL = {"train_identities": 2, "test_identities": 2, "tracklets": 3, "height": 48, "cameras": 2}
 LITTLE = {"train_identities": 2, "test_identities": 6, "tracklets": 1, "height": 48, "cameras": 1}
-OPTIONS = str.split("--identities 2 --test-identities 2 --tracklets 3 --height 48 --cameras 2")
+OPTIONS = str.split("--train-identities 2 --test-identities 2 --tracklets 3 --height 48 "
+                    "--cameras 2")
 
 
 @pytest.fixture(scope="module")
