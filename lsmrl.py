@@ -25,12 +25,10 @@ public predecessor, [ours] otherwise.
   CLIP-ReID] (AAAI 2023) four words per identity. [after TPS] (ECCV 2022) the patch shift. [after
   X-ReID] (AAAI 2026) CMI in training only, tokens in one row, and the consistency loss.
 
-Quick question: why does SD read a bank of all training identities' sentences, and not the person's
-own? (At test the person is unknown. The bank is a vocabulary: a stranger is described in the words
-of others.)
+Quick question: why does SD read a bank of all training people's sentences, not the person's own?
+(At test the person is unknown: a stranger is described in the words of others.)
 
-Ours, not the paper's: all that is marked [ours] below; ImageNet's mean and deviation; the small
-preset, the ablation switches, what pictures show.
+Ours, not the paper's: all that is marked [ours]; ImageNet's mean and deviation; the small preset.
 """
 import math
 from dataclasses import dataclass
@@ -253,7 +251,7 @@ def consistency_loss(z, c):
 
 @dataclass
 class Options:
-    """LSMRL's own choices; LSMRL.recipe has its defaults of train.Config's."""
+    """LSMRL's own choices. LSMRL.recipe: its defaults of train.Config's."""
     boost: float = option(25.0, "factor on the rate of classifiers, prompts and biases")
     clip: str = option("ViT-B-16", "ViT-B-16; tiny: offline, for walkers; tiny-random: not trained")
     clip_weights: str = option("", "local copy of OpenAI's ViT-B-16.pt, instead of the download")
@@ -267,21 +265,17 @@ class Options:
     consistency: float = option(1.0, "weight of the pull of z towards CMI's c")
 
 
-def classifier(dim, classes):
-    return nn.Sequential(nn.BatchNorm1d(dim), nn.Linear(dim, classes, bias=False))
-
-
 class LSMRL(Method):
     """The whole method, see Method. Replace `pool` or what `losses_of` returns in a subclass."""
     Options = Options
     recipe = {"epochs": 24, "optimizer": "AdamW", "lr": 2.5e-5, "weight_decay": 1e-4,
               "warmup_epochs": 3, "cosine": True, "size": (288, 144)}
     # A tiny CLIP that knows walkers by day, and the words for what they wear. Many people, each
-    # seen a few times: it shall learn the night, not the people by heart.
-    small = {"people": 320, "epochs": 4, "steps": 30, "identities": 32, "tracklets": 1, "frames": 2,
-             "test_frames": 8, "evaluate_every": 2, "lr": 5e-4, "boost": 5.0, "warmup_epochs": 0,
-             "size": (128, 64), "workers": 0, "erase": 0.0, "clip": "tiny", "split": (2, 1, 1),
-             "groups": 4, "contrast": 3.0}
+    # seen a few times: it is to learn the night, not the people by heart.
+    small = {"people": 320, "epochs": 12, "steps": 30, "identities": 32, "tracklets": 1,
+             "frames": 2, "test_frames": 8, "evaluate_every": 4, "evaluate_first": True, "lr": 1e-3,
+             "boost": 5.0, "warmup_epochs": 0, "size": (128, 64), "workers": 0, "erase": 0.0,
+             "clip": "tiny", "split": (2, 1, 1), "groups": 4, "contrast": 3.0}
     whole_batch = ("heads",)
     of_identities = "heads", "prompts", "bank"
 
@@ -308,12 +302,13 @@ class LSMRL(Method):
         self.sd = SD(dim=dim, text_dim=text_dim, heads=attention_heads) if o.sd else None
         self.cmi = CMI(dim=dim, heads=attention_heads) if o.cmi else None
         dims = {"z": dim, "f": text_dim} | ({"cmi": dim} if o.cmi else {})
-        self.heads = nn.ModuleDict({name: classifier(d, classes) for name, d in dims.items()})
+        self.heads = nn.ModuleDict(
+            {name: nn.Sequential(nn.BatchNorm1d(d), nn.Linear(d, classes, bias=False))
+             for name, d in dims.items()})
         for head in self.heads.values():
             nn.init.normal_(head[1].weight, std=0.001)
         if pretrained:    # the bank is filled, should it be evaluated before its first step
-            with torch.no_grad():
-                self.bank.copy_(self.text_features())
+            self.bank.copy_(self.text_features().detach())
 
     def text_features(self):
         """-> text (C, d): the feature of each training identity's sentence."""
@@ -336,7 +331,7 @@ class LSMRL(Method):
         return tokens, z, f
 
     def pool(self, tokens):
-        """Tokens (B, T, D) -> sequence feature z (B, D): the mean over time."""
+        """Tokens (B, T, D) -> sequence feature z (B, D), the mean over time."""
         return tokens.mean(1)
 
     def embed(self, frames, modality):
@@ -358,15 +353,14 @@ class LSMRL(Method):
             light = F.interpolate(light, size, mode="bilinear").flatten(0, 1)[:, None]
             rows["looks at"] = pixels * (0.15 + 0.85 * light)
         captions = []
-        for own in [] if reads is None else reads:
+        for own in () if reads is None else reads:
             most = own.argsort(descending=True)[:4].tolist()
             captions.append([f"{own[i]:.1%} #{i}" for i in most])
         return rows, captions
 
     def reading(self, frames):
-        """-> where the last block's tokens look (B, T, h, w), or None if it is a grouped one, whose
-        tokens look into all frames; the share of each sentence in what they read (B, C), or None
-        without SD. [ours]"""
+        """-> where the last block's tokens look (B, T, h, w), None if it is a grouped one; what
+        share of each sentence they read (B, C), None without SD. [ours]"""
         grid, inputs = self.clip.visual.grid, []
         attention = self.clip.visual.transformer.resblocks[-1].attn
         hook = attention.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
@@ -374,7 +368,7 @@ class LSMRL(Method):
         hook.remove()
         reads = None if self.sd is None else self.sd.reads(tokens, self.bank).mean(1)
         _, grouped, shifted = self.options.split
-        if grouped and not shifted:
+        if grouped and not shifted:    # its tokens look into all frames
             return None, reads
         [x] = inputs    # (B*T, 1+N, D)
         look = attention.weights(x[:, :1], x)[:, 0, 1:]    # (B*T, N)

@@ -191,7 +191,7 @@ class DinoGRL(Method):
     # A laptop's CPU, minutes: a tiny distilled ViT, thin one-block ResNets, small frames. Values of
     # train.Config and of Options together: each takes its own.
     small = {"epochs": 6, "steps": 85, "identities": 8, "tracklets": 1, "frames": 3,
-             "test_frames": 8, "evaluate_every": 2, "workers": 0, "warmup_epochs": 0,
+             "test_frames": 8, "evaluate_every": 3, "workers": 0, "warmup_epochs": 0,
              "milestones": (4, 5), "lr": 5e-3, "size": (128, 64), "erase": 0.0, "dinov2": "tiny",
              "resnet_weights": "random", "mask_warmup": 80, "mask_lr": 5e-2, "dim": 64, "width": 8,
              "blocks": (1, 1, 1, 1), "strips": (1, 2, 4, 8), "strides": (1, 1, 2, 1),

@@ -18,16 +18,15 @@ The mask bottleneck: through two softmax channels only the strongest contrast of
 reconstructed. On a pedestrian crop, that is body against background. "Denoising" code: a softmax
 picks one of 16 labels per pixel, so texture cannot pass through.
 
-What trains what: the mask is detached before the codes are cut out with it (in the release too). So
-mask_branch learns from its own reconstruction alone, and the re-identification losses train the
-codes' branches and the gait net; the paper's "jointly" means that the losses are summed. train.py
-first trains mask_branch alone, so that no code is cut out of the wrong pixels.
+What trains what: the mask is detached before the codes are cut out (in the release too). So its own
+reconstruction alone trains mask_branch, and the re-identification losses train the codes' branches
+and the gait net; the paper's "jointly" means that the losses are summed. train.py first trains
+mask_branch alone, so that no code is cut out of the wrong pixels.
 
-Quick question: why detach the mask? (Or identity losses would change the silhouette until its
-errors tell identities apart.)
+Quick question: why detach the mask? (Or its errors would learn to tell people apart.)
 
-Ours, not the paper's: that warm-up; edge rows that scale with the map's height; empty codes for a
-batch without two foreground pixels; the mask's smoothness loss is not computed (see smooth_loss).
+Ours, not the paper's: that warm-up; edge rows that scale with the map's height; empty codes if a
+batch has no two foreground pixels. The mask's smoothness loss is not computed (see smooth_loss).
 """
 import math
 from typing import NamedTuple
@@ -195,9 +194,9 @@ class Codes(NamedTuple):
 
 class SASGL(nn.Module):
     """Frames (B, T, 3, H, W), normalised -> gait maps (B, T, C, h, w), named losses, weighted (in
-    training; otherwise {}). prior: DINOv2, or anything with
-    get_intermediate_layers, norm, embed_dim, blocks and patch_size (if it is not 14); frozen here.
-    dino_size: what it sees; code_size: of mask, silhouette and codes. Raises UserError."""
+    training; otherwise {}). prior: DINOv2, or a network with get_intermediate_layers, norm,
+    embed_dim, blocks and patch_size (if not 14); frozen here. dino_size: what it sees; code_size:
+    of mask, silhouette and codes. Raises UserError."""
 
     def __init__(self, *, prior, backbone, width=64, channels=16, dino_size=(448, 224),
                  code_size=(64, 32)):
@@ -224,11 +223,10 @@ class SASGL(nn.Module):
         """Frames (N, 3, H, W) -> last (N, h, w, D), mid4 (N, h, w, 4D), on the prior's grid."""
         # As one picture of 3N channels: with 3, torch is eight times slower on one thread.
         frames = F.interpolate(frames.flatten(0, 1)[None], self.dino_size, mode="bilinear")
-        frames = frames.view(-1, 3, *self.dino_size)
+        frames = frames.unflatten(1, (-1, 3))[0]
         layers = self.prior.get_intermediate_layers(frames, n=self.blocks, norm=False)
         last = self.prior.norm(layers[-1])
-        mid4 = torch.cat(layers, dim=2)
-        mid4 = F.layer_norm(mid4, mid4.shape[2:], eps=1e-6)
+        mid4 = F.layer_norm(torch.cat(layers, dim=2), (4 * self.prior.embed_dim,), eps=1e-6)
         return last.unflatten(1, self.grid), mid4.unflatten(1, self.grid)
 
     def upsampled(self, maps):

@@ -14,7 +14,7 @@ depend on seed, epoch, step and process alone.
 
 Quick question: where is the validation set? (Neither benchmark has one: nothing is chosen here.)
 
-Ours: bfloat16 in place of float16; 80 epochs; the warm-up; the small presets; exact resuming.
+Ours: bfloat16 for float16; 80 epochs; the warm-up; the small presets; exact resuming.
 """
 import bisect
 import math
@@ -76,8 +76,7 @@ def learning_rate_factor(config, epoch):    # counted from 0
         return 0.01 + 0.99 * epoch / config.warmup_epochs
     if not config.cosine:
         return 0.1 ** bisect.bisect_right(config.milestones, epoch)
-    rest = max(1, config.epochs - config.warmup_epochs)
-    past = min(1.0, (epoch - config.warmup_epochs) / rest)
+    past = (epoch - config.warmup_epochs) / (config.epochs - config.warmup_epochs)
     return 0.01 + 0.99 * (1 + math.cos(math.pi * past)) / 2
 
 
@@ -128,7 +127,6 @@ def train(config, dataset, loader, augmented, model, autocast, optimizer, scaler
             if step == epoch == 0 and device.type == "cpu" and dataset.name != "walkers":
                 hours = (time.time() - start) * config.steps / 3600
                 parallel.say(f"no CUDA here: about {hours:.2g} hours an epoch on this CPU")
-
         # Log, save, evaluate.
         seconds = time.time() - start
         log.append({"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"],
@@ -224,13 +222,12 @@ def read_command_line(words=None):
 def main():
     asked = read_command_line()
     config, method, checkpoint = asked.config, asked.method, asked.checkpoint
-    device = parallel.join(config.device)
+    device, source = parallel.join(config.device), checkpoint or asked.start
     (rank, world), dataset = parallel.processes(), training_data(config)
     loader = loader_of(config, method, dataset, device)
     torch.backends.cudnn.benchmark = True    # the shapes are constant
-    torch.manual_seed(config.seed)
-    source = checkpoint or asked.start
     classes = checkpoint["classes"] if checkpoint else dataset.classes
+    torch.manual_seed(config.seed)
     with parallel.first_goes_first():    # pre-trained weights are downloaded once a machine
         model = method(asked.options, len(classes), config.size, pretrained=not source)
     if source:
@@ -262,10 +259,10 @@ def main():
     try:
         if not source and model.warm_up_steps:
             warm_up(model, loader, augmented, config, autocast, scaler)
-        if not checkpoint and config.evaluate_first:
-            log.append({"epoch": 0, "seconds": 0})
-            test()
         if not checkpoint:
+            if config.evaluate_first:
+                log.append({"epoch": 0, "seconds": 0})
+                test()
             save()    # from here on a run that is killed can be resumed
         is_tested, epoch = log and "rank-1" in log[-1], done(log)
         if checkpoint and epoch >= config.epochs or not is_tested and is_due(config, epoch):

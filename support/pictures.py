@@ -1,4 +1,8 @@
-"""Pictures: what a model sees (silhouettes, codes), what it finds, how it learned.
+"""Pictures: what a model sees, what it finds, how it learned.
+
+    tracklets -> Method.seen -> seen_by -> in_columns: frames, silhouettes, codes    sees.png
+    distances of the test -> write_ranking -> draw_ranking: the nearest tracklets    ranking.png
+    the log -> draw_curves -> Chart: losses and Rank-1 by epoch                      curves.png
 
 Sheets show evenly spaced tracklets, chosen before any result is known, not the best ones. Each
 draw_ function takes tensors and returns a PIL image.
@@ -218,37 +222,39 @@ def draw_curves(log, title):
     # Losses to the left, Rank-1 to the right.
     sheet = Sheet(4960, 1680, 52)
     epochs = round_numbers(log[0]["epoch"], log[-1]["epoch"])
-    exponents = [exponent for points in losses.values() for _, exponent in points] or [0]
+    exponents = [exponent for points in losses.values()
+                 for _, exponent in points] or [0]
     decades = round_numbers(min(exponents), max(exponents))
     chart = Chart(sheet, 304, 1944, f"{title}: weighted losses, mean of each epoch", epochs,
                   decades, lambda exponent: f"{10.0 ** exponent:g}")
     for name, points in losses.items():
         chart.curve(points, f"{name}  {10 ** points[-1][1]:.3g}")
-    chart = Chart(sheet, 2904, 3800, "test: Rank-1 (%) by epoch", epochs,
-                  y_ticks=range(0, 101, 20))
+    per_cent = range(0, 101, 20)
+    chart = Chart(sheet, 2904, 3800, "test: Rank-1 (%) by epoch", epochs, per_cent)
     for name, points in rank_1.items():
         width = 4 if "alone" in name else 8
         chart.curve(points, f"{name}  {points[-1][1]:.3g}", width)
     return sheet.image.reduce(2)
 
 
-@torch.inference_mode()
 def mean_iou(model, dataset, size):
     """The mean IoU of silhouettes and true masks in eight frames of 32 test tracklets; None if
     there are none of the one or of the other."""
     found = []
     for t in dict.fromkeys(evenly(dataset.test, 32)) if model.sasgl is not None else []:
-        paths = evenly(t.frames, 8)
-        masks = true_masks(dataset.root, paths, size)
-        if masks is not None:
-            frames = read_frames(paths, size).to(model.device)
-            codes, _ = model.sasgl.encode(normalise(frames))
-            found += iou(codes.silhouette, masks).tolist()
+        _, rows, _ = seen_by(model, dataset, [t], size, 8)
+        if "true mask" in rows:
+            found += iou(rows["silhouette"], rows["true mask"]).tolist()
     return sum(found) / len(found) if found else None
 
 
 def name_of(tracklet):
     return f"{tracklet.modality} {tracklet.camera or ''} person {tracklet.pid}"
+
+
+def found_in(tracklet, border, distance=0):
+    """A tracklet of a dataset -> Found."""
+    return Found(name_of(tracklet), tracklet.frames, border, distance)
 
 
 def write_ranking(folder, dataset, found, size):
@@ -257,13 +263,11 @@ def write_ranking(folder, dataset, found, size):
     for direction, (distance, match, valid) in found.items():
         query, gallery = dataset.directions[direction]
         for q in np.unique(evenly(range(len(query)), 4)):
-            t = dataset.test[query[q]]
-            row = [Found(name_of(t), t.frames, BLACK)]
+            row = [found_in(dataset.test[query[q]], BLACK)]
             counts = np.flatnonzero(valid[q])
             for g in counts[distance[q, counts].argsort()][:8]:
-                t = dataset.test[gallery[g]]
                 border = GREEN if match[q, g] else RED
-                row.append(Found(name_of(t), t.frames, border, distance[q, g]))
+                row.append(found_in(dataset.test[gallery[g]], border, distance[q, g]))
             rows.append(row)
     write_picture(f"{folder}/ranking.png", draw_ranking(rows, size))
 
@@ -275,9 +279,10 @@ def write_sheets(folder, model, dataset, size, log, head):
     for t in dataset.test or dataset.train:
         by_pid[t.pid].setdefault(t.modality, t)
     people = [own for own in by_pid.values() if len(own) == 2]
-    shown = [own[modality] for own in evenly(people, min(2, len(people)))
-             for modality in ("infrared", "visible")]
-    if shown:
+    if people:
+        shown = []
+        for own in evenly(people, min(2, len(people))):
+            shown += [own["infrared"], own["visible"]]
         image = in_columns(*seen_by(model, dataset, shown, size, 4))
         name = "sees-0" if log and not done(log) else "sees"    # before the first step
         write_picture(f"{folder}/{name}.png", image)
@@ -298,5 +303,7 @@ def seen_by(model, dataset, tracklets, size, T):
     if masks is not None and "silhouette" in rows:
         rows = {**rows, "true mask": masks}
         overlaps = iou(rows["silhouette"], masks).chunk(len(tracklets))
-        captions = [[f"IoU {overlap:.2f}" for overlap in own] for own in overlaps]
-    return list(map(name_of, tracklets)), {"frames": frames, **rows}, captions
+        captions = [[f"IoU {overlap:.2f}" for overlap in own]
+                    for own in overlaps]
+    titles = list(map(name_of, tracklets))
+    return titles, {"frames": frames, **rows}, captions

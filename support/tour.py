@@ -3,8 +3,11 @@
     python evaluate.py --checkpoint RUN --tour DIR
 
     frames of the query, of its answer -> Method.seen -> a picture of each row; walker.gif
-    embeddings -> distance of each part to the right person and to the nearest wrong one
+    embeddings -> distance of each part to the right person and to the nearest other one
                -> a global part before and after PBMGE; ranked lists
+
+The query is the first infrared one, whatever its result. Change a part of a method, train again,
+and compare the pictures.
 """
 from support.files import write_atomic, write_picture
 from support.footage import as_pixels
@@ -15,15 +18,18 @@ import torch
 
 MOVING = "frames", "silhouette", "denoising code", "appearance code", "shifted", "looks at"
 DIRECTION = "infrared->visible"
-
+FRAMES = 6    # of a tracklet in a picture
 
 def draw_numbers(title, curves):
     """{words: numbers (n,)} -> PIL image: a curve of each."""
     every = torch.cat(list(curves.values()))
+    longest = max(map(len, curves.values()))
     sheet = Sheet(4000, 1400, 52)
-    places = round_numbers(0, max(map(len, curves.values())) - 1)
-    tenths = round_numbers(10 * min(0, every.min()), 10 * every.max())
-    chart = Chart(sheet, 304, 2600, title, places, tenths, lambda tenth: f"{tenth / 10:g}")
+    chart = Chart(
+        sheet, 304, 2600, title,
+        x_ticks=round_numbers(0, longest - 1),
+        y_ticks=round_numbers(10 * min(0, every.min()), 10 * every.max()),
+        y_label=lambda tenth: f"{tenth / 10:g}")
     for words, numbers in curves.items():
         chart.curve(list(enumerate(10 * numbers)), words)
     return sheet.image.reduce(2)
@@ -31,47 +37,56 @@ def draw_numbers(title, curves):
 
 def write_moving(path, titles, rows, T):
     """rows of n * T pictures, see in_columns -> a GIF of T pictures in motion."""
-    moving = {name: rows[name] for name in MOVING if name in rows}
-    first, *others = [in_columns(titles, {name: row[t::T] for name, row in moving.items()})
-                      for t in range(T)]
-    write_atomic(path, lambda file: first.save(file, "GIF", save_all=True, append_images=others,
-                                               duration=120, loop=0))
+    images = []
+    for t in range(T):
+        moment = {name: rows[name][t::T] for name in MOVING if name in rows}
+        images.append(in_columns(titles, moment))
+    first, *others = images
+    how = {"save_all": True, "append_images": others, "duration": 120, "loop": 0}
+    write_atomic(path, lambda file: first.save(file, "GIF", **how))
 
 
 def tour(folder, model, dataset, size, embeddings, found, augment):
     """Draw the first infrared query's way. embeddings: of dataset.test; found: its direction's
     (distance, match, valid); augment: that of the training."""
-    distance, match, valid = (table[0] for table in found)
     queries, gallery = dataset.directions[DIRECTION]
+    distance, match, valid = (table[0] for table in found)
+    # Numbers of the gallery's tracklets that count, the nearest first.
     order = [g for g in distance.argsort() if valid[g]]
-    right, wrong = (next(g for g in order if match[g] == is_right) for is_right in (True, False))
-    query, right, wrong = queries[0], gallery[right], gallery[wrong]
+    query = queries[0]
+    right = next(gallery[g] for g in order if match[g])
+    other = next(gallery[g] for g in order if not match[g])
 
     def write(name, image):
         write_picture(f"{folder}/{name.replace(' ', '-')}.png", image)
 
     # Frames, and what the model makes of them.
     pair = [dataset.test[query], dataset.test[right]]
-    titles, rows, _ = seen_by(model, dataset, pair, size, 6)
-    frames = rows["frames"].unflatten(0, (2, -1))
-    changed = augment(frames, torch.tensor([1, 0]), np.random.default_rng(1), 1.0)
-    for name, row in {"augmented": as_pixels(changed).flatten(0, 1), **rows}.items():
-        write(name, in_columns(titles, {"frames": rows["frames"], name: row}))
+    titles, rows, _ = seen_by(model, dataset, pair, size, FRAMES)
+    frames = rows["frames"]    # (2 * FRAMES, 3, H, W)
+    infrared_first = torch.tensor([1, 0])
+    rng = np.random.default_rng(1)
+    changed = augment(frames.unflatten(0, (2, FRAMES)), infrared_first, rng)
+    rows["augmented"] = as_pixels(changed).flatten(0, 1)
+    for name, row in rows.items():
+        write(name, in_columns(titles, {"frames": frames, name: row}))
 
     # Embeddings: parts by number, then the ranked list.
-    apart = {}
+    curves = {}
     for name, own in model.streams_of(embeddings).items():
-        for other, words in (right, "the right person"), (wrong, "another person"):
-            apart[f"{name}: to {words}"] = (own[query] - own[other]).norm(dim=1)
-        if own.shape[1] > 1:
-            write(f"{name} refined", draw_numbers(
-                f"{name}: 64 of the numbers of a part", {
-                    "global part": own[query, 0, :64], "refined by PBMGE": own[query, -1, :64]}))
-    write("distances", draw_numbers("distance by part", apart))
+        curves[f"{name}: to the right person"] = (own[query] - own[right]).norm(dim=1)
+        curves[f"{name}: to another person"] = (own[query] - own[other]).norm(dim=1)
+        if own.shape[1] > 1:    # parts: the global one first, refined ones last
+            first, last = own[query, 0, :64], own[query, -1, :64]
+            both = {"global part": first, "refined by PBMGE": last}
+            write(f"{name} refined", draw_numbers(f"{name}: numbers of a part", both))
+    write("distances", draw_numbers("distance by part", curves))
     write_ranking(folder, dataset, {DIRECTION: found}, size)
 
     # In motion: the query and the nearest three.
-    nearest = [dataset.test[gallery[g]] for g in order[:3]]
-    words = [f"{i}. {'right' if match[g] else 'wrong'}" for i, g in enumerate(order[:3], 1)]
-    _, rows, _ = seen_by(model, dataset, [pair[0], *nearest], size, 12)
-    write_moving(f"{folder}/walker.gif", ["who is it?", *words], rows, 12)
+    shown, words = [pair[0]], ["who is it?"]
+    for place, g in enumerate(order[:3], 1):
+        shown.append(dataset.test[gallery[g]])
+        words.append(f"{place}. {'right' if match[g] else 'wrong'}")
+    _, rows, _ = seen_by(model, dataset, shown, size, 12)
+    write_moving(f"{folder}/walker.gif", words, rows, 12)

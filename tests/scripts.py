@@ -18,8 +18,8 @@ TINY = str.split(
     "--preset small --epochs 1 --steps 2 --identities 2 --frames 2 --mask-warmup 2 --workers 0 "
     "--width 8 --dim 8 --dino-size 112 56 --code-size 16 8 --size 64 32 --test-frames 0")
 TINY_LSMRL = str.split(
-    "--method lsmrl --preset small --epochs 1 --steps 2 --identities 2 --frames 2 --size 32 16 "
-    "--groups 2 --workers 0 --test-frames 0")
+    "--method lsmrl --preset small --epochs 1 --steps 2 --identities 2 --frames 2 --size 64 32 "
+    "--groups 2 --workers 0 --test-frames 0 --evaluate-first off")
 OPTIONS = {"dinogrl": TINY, "lsmrl": TINY_LSMRL}
 
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit")    # it goes, its a
 SMALL_CLIP = {"patch": 8, "grid": (4, 4), "width": 24, "depth": 3, "heads": 3, "dim": 12,
               "text_width": 16, "text_depth": 2, "text_heads": 2, "words": 49408}
 SHIFT = [[-4, 1, 2], [-1, 0, 3], [-2, -3, 4]]
-SIZE = 32, 16
+SIZE = 64, 32
 SMALL = Options(clip="tiny-random", split=(2, 1, 1), groups=2)
 LABEL = torch.tensor([3, 0, 0, 3, 3, 0, 3, 0])
 MODALITY = torch.tensor([0, 0, 1, 1, 0, 1, 1, 0])
@@ -139,7 +139,7 @@ def test_grouped_and_shifted_attention_equal_the_loops(T):
 
 @torch.no_grad()
 def test_stfl_is_clip_with_grouped_and_then_shifted_blocks():
-    visual, frames = small_clip().visual, torch.randn(3, 5, 3, *SIZE)
+    visual, frames = small_clip().visual, torch.randn(3, 5, 3, 32, 16)
     visual.resize(4, 2)
     grouped, shifted = partial(literal_grouped, groups=2), partial(literal_shifted, grid=(4, 2))
     plain = literal_visual(visual, frames, *[literal_basic] * 3)
@@ -268,7 +268,7 @@ def test_embeddings_are_a_tracklet_s_own_and_the_bank_travels_with_the_checkpoin
     model, copy = small_model(), small_model().eval()
     losses_of(model)    # fills the bank, moves the statistics
     together = model.eval().embed(FRAMES, MODALITY)
-    assert together.shape == (8, 1, 64 + 64)
+    assert together.shape == (8, 1, 96 + 64)
     close(model.embed(FRAMES[2:3], 1 - MODALITY[2:3]), together[2:3])
     named = model.streams_of(together)
     _, z, f = model.features(FRAMES, model.bank)

@@ -1,5 +1,4 @@
 """Pictures: sizes, some pixels by value, the same picture for the same input, logs of any form."""
-from types import SimpleNamespace
 
 from support import pictures
 
@@ -34,19 +33,20 @@ def test_a_ranked_list_shows_who_is_right():
     assert tuple(inside) == levels
 
 
-def test_a_sheet_of_silhouettes():
+def test_a_sheet_of_frames_maps_and_codes():
     """The body is the left half of each frame, in all maps but the silhouette."""
     body = torch.zeros(4, 16, 8)
     body[..., :4] = 1
     code = body[:, None].repeat(1, 16, 1, 1)
-    codes = SimpleNamespace(body=body, silhouette=1 - body, denoising=code, appearance=code)
-    frames = plain(100).repeat(2, 1, 1, 1)
-    image = pictures.draw_silhouettes(["a", "b"], frames, codes, body > 0)
-    assert image.size == (402, 856)
+    rows = {"frames": plain(100).repeat(2, 1, 1, 1), "body": body, "silhouette": 1 - body,
+            "code": code, "mask": body > 0}
+    image = pictures.in_columns(["a", "b"], rows, [["60%", ""], []])
+    assert image.size == (402, 720)
     lines = np.asarray(image)[88::136, 266:, 0]    # through the middle of each row
-    assert lines[:, 8].tolist() == [100, 255, 0, 38, 38, 255]
-    assert lines[:, 56].tolist() == [100, 0, 255, 0, 0, 0]
-    assert pictures.draw_silhouettes(["a", "b"], frames, codes, None).size == (402, 720)
+    assert lines[:, 8].tolist() == [100, 255, 0, 38, 255]
+    assert lines[:, 56].tolist() == [100, 0, 255, 0, 0]
+    words = np.asarray(image)[698:]
+    assert words[:, 130:194].min() < 128 and words[:, 194:].min() == 255    # below one frame alone
 
 
 def test_iou_by_hand():
@@ -55,16 +55,6 @@ def test_iou_by_hand():
     mask[..., :4] = 1
     found = torch.stack([1 - mask[0], mask[0], mask[0].roll(2, 1)])
     assert pictures.iou(found, mask > 0).tolist() == pytest.approx([0, 1, 1 / 3])
-
-
-def test_a_sheet_of_readings():
-    """The patch that is looked at most keeps its brightness, the others are darkened."""
-    look = torch.tensor([[0.0, 0.0], [0.0, 0.6]]).expand(1, 2, 2, 2)
-    image = pictures.draw_reading(["title"], plain(200), look, [["60% 7"]])
-    assert image.getpixel((131, 161)) == (30, 30, 30)    # upper left
-    assert image.getpixel((192, 286)) == (200, 200, 200)
-    assert np.asarray(image)[290:, 130:194].min() < 128    # words below the first frame
-    assert np.asarray(image)[290:, 194:].min() == 255
 
 
 def test_a_curve_goes_through_its_values():

@@ -2,13 +2,15 @@
 import math
 from pathlib import Path
 
+import distil
+from distil import levels, unexplained
 from model import DinoGRL
-from support import clip, dinov2, priors
+from support import dinov2, priors
 from support.clip import load_clip, tokenized
 from support.dinov2 import RANDOM, TINY, load_dinov2
 from support.files import UserError
 from support.pedestrian import describe
-from support.priors import contrastive_loss, image_features, levels, text_features, unexplained
+from support.priors import contrastive_loss, image_features, text_features
 from walkers import make_walker, sample
 
 import pytest
@@ -33,7 +35,7 @@ def test_the_shipped_dinov2_explains_what_its_teacher_says_of_strangers():
 
 
 @torch.no_grad()
-def test_the_shipped_clip_finds_the_sentences_of_strangers_by_day_and_by_night():
+def test_the_shipped_clip_finds_the_sentences_of_strangers():
     """Each time the right one of 8: a guess is right once in 8."""
     frames, _, _ = sample(people=32, T=1)
     sentences = [describe(make_walker(0, pid)) for pid in range(1, 33)]
@@ -51,7 +53,7 @@ def test_the_shipped_clip_finds_the_sentences_of_strangers_by_day_and_by_night()
 
 def test_a_spoiled_view_is_the_seed_s_alone_and_a_picture_still():
     frames = torch.rand(32, 3, 64, 32, generator=torch.Generator().manual_seed(1))
-    one, again, other = (priors.spoiled(frames, torch.Generator().manual_seed(seed))
+    one, again, other = (distil.spoiled(frames, torch.Generator().manual_seed(seed))
                          for seed in (2, 2, 3))
     assert torch.equal(one, again) and not torch.equal(one, other)
     assert one.shape == frames.shape and one.min() >= 0 and one.max() <= 1
@@ -67,27 +69,26 @@ def test_the_contrastive_loss_by_hand():
 
 @pytest.fixture
 def make(walkers, tmp_path, monkeypatch):
-    """A function: the words of a command line -> the file that it leaves. A random ViT is the
-    teacher: its tokens can be imitated too. Everything is small."""
-    monkeypatch.setattr(priors, "COMPONENTS", 16)
-    monkeypatch.setattr(priors, "FRAME", (64, 32))
-    monkeypatch.setattr(priors, "load_dinov2", lambda *_: load_dinov2(RANDOM))
-    monkeypatch.setitem(clip.TINY_SIZES, "grid", (8, 4))
+    """A function: a script, the words of its command line -> the file that it leaves. A random ViT
+    is the teacher: its tokens can be imitated too. Everything is small."""
+    monkeypatch.setattr(distil, "COMPONENTS", 16)
+    monkeypatch.setattr(distil, "load_dinov2", lambda *_: load_dinov2(RANDOM))
 
-    def run(prior, *words):
-        data = walkers / "Train" if prior == "dinov2" else walkers
+    def run(script, *words):
         out = tmp_path / "tiny.pt"
-        argv = ["priors", prior, "--data", data, "--out", out, "--frames", 32, *words]
+        argv = ["script", "--out", out, *words]
         monkeypatch.setattr("sys.argv", list(map(str, argv)))
-        priors.main()
+        script.main()
         return out
     return run
 
 
-def test_distilling_explains_more_and_leaves_a_file_that_loads(make, monkeypatch, capsys):
+def test_distilling_explains_more_and_leaves_a_file_that_loads(
+        make, walkers, monkeypatch, capsys):
     files = []
     for steps in (1, 1, 25):
-        out = make("dinov2", "--steps", steps, "--dino-size", 56, 28)
+        out = make(distil, "--data", walkers / "Train", "--frames", 32, "--steps", steps,
+                   "--dino-size", 56, 28)
         files.append(out.read_bytes())
     assert files[0] == files[1] != files[2]    # the seed's, and nobody else's
     said = capsys.readouterr().out.splitlines()
@@ -99,10 +100,10 @@ def test_distilling_explains_more_and_leaves_a_file_that_loads(make, monkeypatch
 
 def test_contrasting_finds_more_and_leaves_a_file_that_loads(make, walkers):
     people, words, end = priors.load_people(walkers)
-    assert people.shape == (4, 2, priors.EACH, 3, 64, 32)
+    assert people.shape == (4, 2, priors.EACH, 3, 128, 64)
     losses, files = [], []
-    for steps in (1, 1, 45):
-        out = make("clip", "--steps", steps)
+    for steps in (1, 1, 75):
+        out = make(priors, "--data", walkers, "--steps", steps)
         files.append(out.read_bytes())
         model = load_clip("tiny", str(out))
         images = image_features(model, people[1:, 0].flatten(0, 1) / 255).view(3, priors.EACH, -1)
@@ -114,6 +115,6 @@ def test_contrasting_finds_more_and_leaves_a_file_that_loads(make, walkers):
 
 def test_too_few_frames_and_folders_without_sentences_are_refused(make, walkers):
     with pytest.raises(UserError, match="expected 105000"):
-        make("dinov2", "--frames", 100_000)
+        make(distil, "--data", walkers / "Train", "--frames", 100_000)
     with pytest.raises(UserError, match="sentences.json"):
         priors.load_people(walkers / "Train")

@@ -43,6 +43,16 @@ def test_a_run_leaves_config_log_checkpoint_and_results(method, streams, losses,
         assert (folder / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_prior_is_evaluated_before_the_first_step_and_resuming_counts_on(walkers, tmp_path):
+    run_it = ["train.py", *TINY_LSMRL, "--data", walkers, "--run", tmp_path / "run"]
+    succeeds(here(*run_it, "--evaluate-first", "on"))
+    succeeds(here("train.py", "--resume", tmp_path / "run", "--epochs", 2))
+    first, one, two = log_of(tmp_path / "run")
+    assert [line["epoch"] for line in (first, one, two)] == [0, 1, 2]
+    assert first["rank-1"].keys() == two["rank-1"].keys() and "losses" not in first
+    assert (tmp_path / "run/sees-0.png").read_bytes() != (tmp_path / "run/sees.png").read_bytes()
+
+
 MY_IDEA = """
 from dataclasses import dataclass
 import lsmrl
