@@ -297,7 +297,7 @@ class DinoGRL(Method):
         last, _ = self.sasgl.features(frames)
         maps = self.sasgl.gait_net(codes.denoising, codes.appearance)
         maps = maps - maps.mean(0)    # what differs from frame to frame
-        return {"DINOv2's tokens": last.permute(0, 3, 1, 2), "channel 0": codes.mask[:, 0],
+        return {"DINOv2 tokens": last.permute(0, 3, 1, 2), "channel 0": codes.mask[:, 0],
                 "channel 1": codes.mask[:, 1], "body probability": codes.body,
                 "silhouette": codes.silhouette, "denoising code": codes.denoising,
                 "appearance code": codes.appearance,

@@ -138,6 +138,12 @@ def make_clip(path, steps, generator):
                                 f"{day:.0%} by day, {night:.0%} by night")
 
 
+def write(path, tensors, words):
+    tensors = {name: tensor.half() for name, tensor in tensors.items()}
+    write_atomic(path, lambda file: torch.save(tensors, file))
+    print(f"{path}: {words}")
+
+
 def main():
     parser = Parser(description="Make the tiny CLIP of the offline demo.")
     parser.add_argument("--data", required=True, help="folder of walkers")
@@ -145,10 +151,7 @@ def main():
     parser.add_argument("--steps", type=int, default=6000, help="(6000)")
     args = parser.parse_args()
     torch.manual_seed(1)
-    tensors, words = make_clip(args.data, args.steps, torch.Generator().manual_seed(1))
-    tensors = {name: tensor.half() for name, tensor in tensors.items()}
-    write_atomic(args.out, lambda file: torch.save(tensors, file))
-    print(f"{args.out}: {words}")
+    write(args.out, *make_clip(args.data, args.steps, torch.Generator().manual_seed(1)))
 
 
 if __name__ == "__main__":

@@ -113,16 +113,7 @@ def plain_score(distance, match, valid):
         "mAP": AP.mean(), "mINP": INP.mean(), "queries": len(found), "gallery": match.shape[1]}
 
 
-def plain_distances(query, gallery):
-    """As it is usually written, part by part: the squares, less twice the product."""
-    total = 0
-    for q, g in zip(query.unbind(1), gallery.unbind(1), strict=True):
-        squares = q.square().sum(1)[:, None] + g.square().sum(1) - 2 * q @ g.t()
-        total = total + squares.clamp(min=1e-12).sqrt()
-    return total / query.shape[1]
-
-
-def ranking(Q, G, P=70, D=256):
+def ranking(Q, G):
     """Q queries, G gallery tracklets of 427 people before 12 cameras."""
     rng = np.random.default_rng(0)
     match, same_camera = (rng.integers(n, size=(Q, 1)) == rng.integers(n, size=G)
@@ -130,9 +121,6 @@ def ranking(Q, G, P=70, D=256):
     given = rng.random((Q, G), dtype=np.float32), match, ~(match & same_camera)
     compare("CMC, mAP, mINP", f"{Q:,} x {G:,} distances",
             partial(score, *given), partial(plain_score, *given))
-    parts = [torch.randn(n, P, D, device=DEVICE) for n in (Q, G)]
-    compare("distances", f"{Q:,} x {G:,}, {P} parts x {D}",
-            partial(distances, *parts), partial(plain_distances, *parts))
 
 
 def reranking(N):

@@ -1,7 +1,7 @@
 """How assets/tiny_dinov2.pt was made: distillation (Hinton et al., 2015).
 
     python walkers.py runs/prior --seed 77 --train-identities 300 --tracklets 1 --cameras 99
-    python tests/distil.py --data runs/prior/Train --dinov2-weights FILE
+    python -m tests.distil --data runs/prior/Train --dinov2-weights FILE
 
 A small network, the student, learns to reproduce the tokens of a large one, the teacher. Both see
 the frames (N,3,128,64), enlarged to 336x168:
@@ -12,20 +12,14 @@ the frames (N,3,128,64), enlarged to 336x168:
 
 The target stays that of the clean frame, so features become similar by day and by night.
 """
-import sys
-from pathlib import Path
+from support.dinov2 import DINOV2, TINY, DinoVisionTransformer, levels_of, load_dinov2
+from support.footage import read_frame
+from support.options import Parser, cli, progress
+from support.priors import FRAME, MEAN, STD, cropped, fit, frames_of, write
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from support.dinov2 import DINOV2, TINY, DinoVisionTransformer, levels_of, load_dinov2  # noqa: E402
-from support.files import write_atomic  # noqa: E402
-from support.footage import read_frame  # noqa: E402
-from support.options import Parser, cli, progress  # noqa: E402
-from support.priors import FRAME, MEAN, STD, cropped, fit, frames_of  # noqa: E402
-
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import nn, optim  # noqa: E402
+import torch
+import torch.nn.functional as F
+from torch import nn, optim
 
 COMPONENTS = 48    # principal components of a level
 
@@ -81,7 +75,6 @@ def unexplained(output, target, variance):
 
 def make_dinov2(args, generator):
     """-> the student's tensors, and a line about its quality on frames that it has not seen."""
-    steps = args.steps
     held_out = max(16, args.frames // 20)
     teacher = load_dinov2("dinov2_vits14", args.dinov2_weights)
     paths = progress(frames_of(args.data, args.frames + held_out), "reading")
@@ -105,7 +98,8 @@ def make_dinov2(args, generator):
         return unexplained(student(views), target[:, index], variance).mean()
 
     optimizer = optim.AdamW([*vit.parameters(), *maps.parameters()], 3e-3)
-    fit(optimizer, optim.lr_scheduler.CosineAnnealingLR(optimizer, steps), steps, loss_of_step)
+    fit(optimizer, optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps), args.steps,
+        loss_of_step)
     with torch.no_grad():
         shares = 1 - unexplained(student(frames[:held_out]), target[:, :held_out], variance)
     words = " ".join(f"{share:.2f}" for share in shares)
@@ -123,10 +117,7 @@ def main():
     option("--dino-size", type=int, nargs=2, default=(336, 168), help="multiples of 14 (336 168)")
     args = parser.parse_args()
     torch.manual_seed(1)
-    tensors, words = make_dinov2(args, torch.Generator().manual_seed(1))
-    tensors = {name: tensor.half() for name, tensor in tensors.items()}
-    write_atomic(args.out, lambda file: torch.save(tensors, file))
-    print(f"{args.out}: {words}")
+    write(args.out, *make_dinov2(args, torch.Generator().manual_seed(1)))
 
 
 if __name__ == "__main__":

@@ -147,6 +147,18 @@ def test_your_own_code_is_run_only_where_the_command_line_names_it(walkers, tmp_
     assert found["method"] == f"{mine}:Mine"
 
 
+@pytest.mark.parametrize("method, steps", [
+    ("dinogrl", {"DINOv2-tokens", "silhouette", "denoising-code", "gait-maps", "gait-refined"}),
+    ("lsmrl", {"shifted", "looks-at"})])
+def test_a_tour_draws_each_step(method, steps, run_of, walkers, tmp_path):
+    succeeds(here("evaluate.py", "--checkpoint", run_of(method), "--data", walkers, "--tour",
+                  tmp_path))
+    drawn = {path.stem for path in tmp_path.iterdir()}
+    assert drawn >= steps | {"frames", "augmented", "distances", "ranking"}
+    with Image.open(tmp_path / "walker.gif") as moving:
+        assert moving.n_frames == 12
+
+
 # --------------------------------------------------------------- refused ----
 
 def test_what_is_not_a_run_of_this_version_is_one_line(run_of, walkers, tmp_path):

@@ -12,7 +12,7 @@ from test_parallel import small_step
 import pytest
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-TEXTS = {page.name: page.read_text(encoding="utf-8").replace("\\\n", " ") for page in PAGES}
+TEXTS = {page: page.read_text(encoding="utf-8").replace("\\\n", " ") for page in PAGES}
 # In a line of its own, or `within a line`; after torchrun's own options.
 COMMANDS = sorted({command.strip() for text in TEXTS.values() for command in re.findall(
     r"(?:python3?|torchrun .*--) (\w+\.py\b[^`\n#|]*)", text) if " --" in command})
@@ -20,7 +20,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", "".join(TEXTS.values()), re.S)
 OWN_OPTIONS = {f"--{name}" for name in re.findall(r"^    (\w+): \w+ = ", "".join(BLOCKS), re.M)}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=str)
 def test_files_that_a_page_links_to_exist(page):
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
         assert "://" in link or (page.parent / link).exists(), link
@@ -66,11 +66,11 @@ def test_a_method_in_the_pages_trains_and_embeds(number, tmp_path):
         assert len(model.eval().embed(*batch[:2])) == 16
 
 
-def test_the_readme_s_python_runs_in_another_folder(run_of, walkers, tmp_path, monkeypatch):
-    [block] = re.findall(r"```python\n(.*?)```", TEXTS["README.md"], re.S)
+def test_a_search_from_python_runs_in_another_folder(run_of, walkers, tmp_path, monkeypatch):
+    [block] = [block for block in BLOCKS if "embed_images" in block]
     shutil.copytree(run_of("dinogrl"), tmp_path / "runs" / "dinogrl-walkers-1")
     places = {"unknown": "0005/ir", "day/a": "0006/rgb", "day/b": "0007/rgb"}
     for name, place in places.items():
         shutil.copytree(next((walkers / "Test" / place).iterdir()), tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "README.md", "exec"), {})
+    exec(compile(block, "footage.md", "exec"), {})
