@@ -355,7 +355,7 @@ class LSMRL(Method):
         captions = []
         for own in () if reads is None else reads:
             most = own.argsort(descending=True)[:4].tolist()
-            captions.append([f"{own[i]:.1%} #{i}" for i in most])
+            captions.append([f"#{i} {100 * own[i]:.1f}" for i in most])    # per cent
         return rows, captions
 
     def reading(self, frames):
