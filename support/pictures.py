@@ -297,7 +297,7 @@ def seen_by(model, dataset, tracklets, size, T):
     masks, if there are some -> titles, {row: pictures}, captions: the arguments of in_columns."""
     paths = [path for t in tracklets for path in evenly(t.frames, T)]
     frames = read_frames(paths, size)
-    seen = normalise(frames.to(model.device)).unflatten(0, (-1, T))
+    seen = normalise(frames.to(model.device)).unflatten(0, (len(tracklets), -1))
     rows, captions = model.eval().seen(seen)
     masks = true_masks(dataset.root, paths, size)
     if masks is not None and "silhouette" in rows:

@@ -68,8 +68,7 @@ def make(walkers, tmp_path, monkeypatch):
 
     def run(script, *words):
         out = tmp_path / "tiny.pt"
-        argv = ["script", "--out", out, *words]
-        monkeypatch.setattr("sys.argv", list(map(str, argv)))
+        monkeypatch.setattr("sys.argv", ["script", "--out", str(out), *map(str, words)])
         script.main()
         return out
     return run
