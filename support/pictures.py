@@ -249,6 +249,7 @@ def mean_iou(model, dataset, size):
 
 
 def name_of(tracklet):
+    """The title of a tracklet's pictures."""
     return f"{tracklet.modality} {tracklet.camera or ''} person {tracklet.pid}"
 
 
