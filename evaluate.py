@@ -2,6 +2,7 @@
 
     python evaluate.py --checkpoint RUN [--data PATH]        a run of train.py, there or elsewhere
     python evaluate.py --checkpoint DIR --data PATH          the authors' three files
+    python evaluate.py --checkpoint RUN --tour DIR           one query's way, in pictures
 
     test tracklets -> embed_tracklets -> (N, parts, dim) --+-- infrared->visible: distances -> score
                                                            +-- visible->infrared: roles swapped
@@ -174,11 +175,15 @@ def labels_of(dataset, direction):
     return match, ~(match & same_camera & dataset.ignore_same_camera)
 
 
+def embed_test(model, dataset, config):
+    rule = config.frame_rule or dataset.frame_rule
+    return embed_tracklets(model, dataset.test, config, rule)
+
+
 def evaluate(model, dataset, config, rerank=False):
     """-> results (of both directions, of each stream alone, the silhouettes' IoU), {direction:
     (distance, match, valid)}."""
-    rule = config.frame_rule or dataset.frame_rule
-    embeddings = embed_tracklets(model, dataset.test, config, rule)
+    embeddings = embed_test(model, dataset, config)
 
     # Both directions, by the whole embedding and by each stream alone.
     found, directions, errors, streams = {}, {}, {}, {}
@@ -256,7 +261,7 @@ def main():
     parser.add_argument("--out", metavar="DIR", help="write results.json and pictures there")
     parser.add_argument("--tour", metavar="DIR", help="draw one query's way through the model")
     parser.add_argument("--rerank", action="store_true", help="k-reciprocal re-ranking")
-    add_run_options(parser)    # --checkpoint, --data, --all-frames, ...
+    add_run_options(parser)    # --checkpoint, --data, --test-frames, ...
     given = typed(parser)    # only what was typed
     model, config, trained = load_run(given.get("checkpoint", ""), given)
     check_reader(config, given)
@@ -270,10 +275,11 @@ def main():
         head["trained_on"] = trained["dataset"]
         parallel.say(f"trained on {trained['dataset']}, tested on {dataset.name}")
     if "tour" in given:
-        embeddings = embed_tracklets(model, dataset.test, config)
-        found = distance_of(dataset, DIRECTIONS[0], embeddings, model.device)
-        tour(given["tour"], model, dataset, config.size, embeddings,
-             (found, *labels_of(dataset, DIRECTIONS[0])), augment)
+        embeddings = embed_test(model, dataset, config)
+        distance = distance_of(dataset, DIRECTIONS[0], embeddings, model.device)
+        found = distance, *labels_of(dataset, DIRECTIONS[0])
+        tour(given["tour"], model, dataset, config.size, embeddings, found,
+             model.augment or augment)
     else:
         report(model, dataset, config, given.get("out", ""), head, **how)
     parallel.leave()

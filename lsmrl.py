@@ -270,8 +270,7 @@ class LSMRL(Method):
     Options = Options
     recipe = {"epochs": 24, "optimizer": "AdamW", "lr": 2.5e-5, "weight_decay": 1e-4,
               "warmup_epochs": 3, "cosine": True, "size": (288, 144)}
-    # A tiny CLIP that knows walkers by day, and the words for what they wear. Many people, each
-    # seen a few times: it is to learn the night, not the people by heart.
+    # Many people, each seen a few times: it is to learn the night, not the people by heart.
     small = {"people": 320, "epochs": 12, "steps": 30, "identities": 32, "tracklets": 1,
              "frames": 2, "test_frames": 8, "evaluate_every": 4, "evaluate_first": True, "lr": 1e-3,
              "boost": 5.0, "warmup_epochs": 0, "size": (128, 64), "workers": 0, "erase": 0.0,
@@ -308,7 +307,8 @@ class LSMRL(Method):
         for head in self.heads.values():
             nn.init.normal_(head[1].weight, std=0.001)
         if pretrained:    # the bank is filled, should it be evaluated before its first step
-            self.bank.copy_(self.text_features().detach())
+            with torch.no_grad():
+                self.bank.copy_(self.text_features())
 
     def text_features(self):
         """-> text (C, d): the feature of each training identity's sentence."""

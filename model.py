@@ -292,16 +292,13 @@ class DinoGRL(Method):
         """See Method.seen. Of a denoising or appearance code equal colours are equal codes."""
         if self.sasgl is None:
             return {}, []
-        frames = frames.flatten(0, 1)
-        codes, _ = self.sasgl.encode(frames)
-        last, _ = self.sasgl.features(frames)
+        codes, _ = self.sasgl.encode(frames.flatten(0, 1))
         maps = self.sasgl.gait_net(codes.denoising, codes.appearance)
         maps = maps - maps.mean(0)    # what differs from frame to frame
-        return {"DINOv2 tokens": last.permute(0, 3, 1, 2), "channel 0": codes.mask[:, 0],
+        return {"DINOv2 tokens": codes.last.permute(0, 3, 1, 2), "channel 0": codes.mask[:, 0],
                 "channel 1": codes.mask[:, 1], "body probability": codes.body,
                 "silhouette": codes.silhouette, "denoising code": codes.denoising,
-                "appearance code": codes.appearance,
-                "gait maps": maps}, []
+                "appearance code": codes.appearance, "gait maps": maps}, []
 
     def warm_up_losses(self, frames):
         return self.streams["gait"].warm_up_losses(frames)

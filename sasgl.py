@@ -43,7 +43,6 @@ from torch import nn
 
 SOBEL = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
 
-
 # ------------------------------------------------------------- silhouette ----
 
 class MaskBranch(nn.Module):
@@ -185,6 +184,7 @@ class GaitNet(nn.Module):
 
 class Codes(NamedTuple):
     """What SASGL sees in N frames."""
+    last: torch.Tensor          # DINOv2's tokens, on its grid, (N, rows, columns, D)
     mask: torch.Tensor          # soft, (N, 2, h, w)
     body: torch.Tensor          # its probability, (N, h, w)
     silhouette: torch.Tensor    # (N, h, w)
@@ -266,7 +266,7 @@ class SASGL(nn.Module):
         body = choose_body(mask.detach())
         silhouette = refine_edges(body)
         denoising, appearance = self.codes_of(mid4, silhouette)
-        return Codes(mask, body, silhouette, denoising, appearance), losses
+        return Codes(last, mask, body, silhouette, denoising, appearance), losses
 
     def forward(self, frames):
         """In training some codes are blanked before the gait net, see kept_codes."""

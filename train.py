@@ -8,7 +8,6 @@
 
 A run's folder: config.json, log.jsonl, last.pt, results.json, pictures. The result is the last
 epoch's: the best one would be chosen on the test set.
-
 A resumed run ends with the same bits as one that was not stopped (on a CPU): all random numbers
 depend on seed, epoch, step and process alone.
 
@@ -37,8 +36,7 @@ import torch
 
 @dataclass
 class Config:
-    """What every run chooses (a method's own choices are its Options). The defaults are `--preset
-    paper`; a method may have others (its recipe)."""
+    """What every run chooses. Defaults: those of `--preset paper`; see also Method.recipe."""
     method: str = option("dinogrl", "dinogrl, lsmrl, or your own FILE.py:CLASS")
     seed: int = option(1, "report the spread of at least 3")
     precision: str = option("auto", "auto: float32 on a CPU, bfloat16 or float16 on a GPU",
@@ -127,6 +125,7 @@ def train(config, dataset, loader, augmented, model, autocast, optimizer, scaler
             if step == epoch == 0 and device.type == "cpu" and dataset.name != "walkers":
                 hours = (time.time() - start) * config.steps / 3600
                 parallel.say(f"no CUDA here: about {hours:.2g} hours an epoch on this CPU")
+
         # Log, save, evaluate.
         seconds = time.time() - start
         log.append({"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"],
@@ -223,7 +222,8 @@ def main():
     asked = read_command_line()
     config, method, checkpoint = asked.config, asked.method, asked.checkpoint
     device, source = parallel.join(config.device), checkpoint or asked.start
-    (rank, world), dataset = parallel.processes(), training_data(config)
+    rank, world = parallel.processes()
+    dataset = training_data(config)
     loader = loader_of(config, method, dataset, device)
     torch.backends.cudnn.benchmark = True    # the shapes are constant
     classes = checkpoint["classes"] if checkpoint else dataset.classes

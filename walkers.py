@@ -260,8 +260,8 @@ class Options:
 def write_walker(folder, o, pid):
     """Draw one person by day and by night and write the pictures -> (pid, sentence), and (number of
     the modality, pid, camera, names of the frames) of each tracklet. o: Options."""
-    nth = pid - o.train_identities
-    split, nth = ("Train", pid) if nth <= 0 else ("Test", nth)
+    is_train = pid <= o.train_identities
+    split, nth = ("Train", pid) if is_train else ("Test", pid - o.train_identities)
     # The people in uniform are spread evenly.
     is_dressed = (nth * o.uniform + 1e-9) % 1 < o.uniform
     walker, written = make_walker(o.seed, pid, is_dressed), []

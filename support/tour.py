@@ -6,10 +6,10 @@
     embeddings -> distance of each part to the right person and to the nearest other one
                -> a global part before and after PBMGE; ranked lists
 
-The query is the first infrared one, whatever its result. Change a part of a method, train again,
-and compare the pictures.
+The query is the first infrared one with an answer, whatever its result. Change a part of a method,
+train again, and compare the pictures.
 """
-from support.files import write_atomic, write_picture
+from support.files import UserError, write_atomic, write_picture
 from support.footage import as_pixels
 from support.pictures import Chart, Sheet, in_columns, round_numbers, seen_by, write_ranking
 
@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 MOVING = "frames", "silhouette", "denoising code", "appearance code", "shifted", "looks at"
-DIRECTION = "infrared->visible"
 FRAMES = 6    # of a tracklet in a picture
 
 def draw_numbers(title, curves):
@@ -47,13 +46,19 @@ def write_moving(path, titles, rows, T):
 
 
 def tour(folder, model, dataset, size, embeddings, found, augment):
-    """Draw the first infrared query's way. embeddings: of dataset.test; found: its direction's
-    (distance, match, valid); augment: that of the training."""
-    queries, gallery = dataset.directions[DIRECTION]
-    distance, match, valid = (table[0] for table in found)
+    """Draw the way of the first infrared query that has an answer, into a folder.
+
+    size: height and width of the frames; embeddings: of dataset.test; found: (distance, match,
+    valid) of the first direction; augment: that of the training. Raises UserError."""
+    direction, (queries, gallery) = next(iter(dataset.directions.items()))
+    answered = np.flatnonzero((found[1] & found[2]).any(1))
+    if not len(answered):
+        raise UserError(f"no query of {direction} has an answer; expected one: check --data")
+    q = answered[0]
+    distance, match, valid = (table[q] for table in found)
     # Numbers of the gallery's tracklets that count, the nearest first.
     order = [g for g in distance.argsort() if valid[g]]
-    query = queries[0]
+    query = queries[q]
     right = next(gallery[g] for g in order if match[g])
     other = next(gallery[g] for g in order if not match[g])
 
@@ -77,11 +82,11 @@ def tour(folder, model, dataset, size, embeddings, found, augment):
         curves[f"{name}: to the right person"] = (own[query] - own[right]).norm(dim=1)
         curves[f"{name}: to another person"] = (own[query] - own[other]).norm(dim=1)
         if own.shape[1] > 1:    # parts: the global one first, refined ones last
-            first, last = own[query, 0, :64], own[query, -1, :64]
+            first, last = own[query, [0, -1], :64]
             both = {"global part": first, "refined by PBMGE": last}
             write(f"{name} refined", draw_numbers(f"{name}: numbers of a part", both))
     write("distances", draw_numbers("distance by part", curves))
-    write_ranking(folder, dataset, {DIRECTION: found}, size)
+    write_ranking(folder, dataset, {direction: found}, size)
 
     # In motion: the query and the nearest three.
     shown, words = [pair[0]], ["who is it?"]
