@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 # name: (width D, blocks, heads, register tokens). `tiny` is distilled from DINOv2
-# (support/priors.py), `tiny-random` is not trained.
+# (tests/distil.py), `tiny-random` is not trained.
 DINOV2 = {"dinov2_vits14": (384, 12, 6, 0), "dinov2_vits14_reg": (384, 12, 6, 4),
           "dinov2_vitb14": (768, 12, 12, 0), "dinov2_vitb14_reg": (768, 12, 12, 4),
           "dinov2_vitl14": (1024, 24, 16, 0), "dinov2_vitl14_reg": (1024, 24, 16, 4),

@@ -219,7 +219,8 @@ class Figure:
     def limb(self, part, joints, radii):
         """A chain of tapered capsules with a thin outline. radii: of each joint, or of all."""
         self.centre_lines[part] = joints
-        ends = list(zip(joints, np.broadcast_to(radii, len(joints)), strict=True))
+        radii = np.broadcast_to(radii, len(joints)).tolist()    # Python's numbers are faster here
+        ends = list(zip(joints, radii, strict=True))
         for ink, more in (INK[part] + 1, 1), (INK[part], 0):
             for joint, radius in ends:
                 self.ellipse(ink, joint, radius + more, radius + more)
