@@ -6,7 +6,8 @@
         -> a table: mean ± standard deviation, and the paired difference to the first variant
 
 The same command continues after a stop; after a change of code or data, choose another --out. Under
-one seed all variants see the same batches. The interval (95 %, Student's t) covers the seed's luck.
+one seed all variants see the same batches. The interval (95 %, Student's t) covers chance in
+training, not the choice of test people.
 
 Quick question: why does the interval of 3 seeds reach 4.3 standard errors to either side, not 2?
 (Three numbers give a poor estimate of their own spread. With 10 seeds the factor is 2.3.)

@@ -36,7 +36,7 @@ DIRECTIONS = ("infrared->visible", "visible->infrared")    # query -> gallery
 @dataclass(frozen=True)
 class Tracklet:
     """frames: a tuple of paths in order ("clip.gif#3": picture 3 of an animated file). pid: an int
-    or a str, camera: a str; None where nobody knows. modality: "visible" or "infrared"."""
+    or a str, camera: a str; None if unknown. modality: "visible" or "infrared"."""
     frames: tuple
     pid: int | str | None
     camera: str | None
@@ -45,7 +45,7 @@ class Tracklet:
 
 @dataclass
 class Dataset:
-    """directions: {"infrared->visible": (query, gallery), ...}: places in test. frame_rule: a name
+    """directions: {"infrared->visible": (query, gallery), ...}: indices of test. frame_rule: a name
     of FRAME_RULES. Gallery tracklets of the query's pid and camera may be ignored."""
     name: str
     root: str
@@ -58,7 +58,7 @@ class Dataset:
 
     def set_test(self, query, gallery):
         """Lists of Tracklet -> test, each tracklet once, and directions: queries of one modality
-        against the gallery of the other; without such a query, as in HITSZ-VCM, roles swapped."""
+        against the gallery of the other. Without queries, as in HITSZ-VCM, roles are swapped."""
         self.test = list(dict.fromkeys([*query, *gallery]))
         index_of = {tracklet: i for i, tracklet in enumerate(self.test)}
         for direction in DIRECTIONS:
@@ -100,7 +100,7 @@ def hitsz_tracks(root, info, split):
     def track_of(line):
         m, start, end, pid, camera = integers(line)
         if not 1 <= start <= end <= len(frames):
-            raise ValueError    # parsed makes a UserError of any failure
+            raise ValueError    # parsed turns any failure into a UserError
         return Tracklet(tuple(frames[start - 1:end]), pid, f"D{camera}", HITSZ_MODALITY[m])
 
     frames = parsed(os.path.join(info, f"{split}_name.txt"), frame_of,
@@ -181,7 +181,7 @@ def lists_in(path):
 
 
 def recognise(path, auxiliary):
-    """A folder -> its Dataset, or None if nothing known is in it."""
+    """A folder -> its Dataset, or None if it holds no known dataset."""
     for folder, lists, there in lists_in(path):
         if there == lists:
             return read_hitsz(path, folder) if lists is HITSZ else read_bupt(folder, auxiliary)
@@ -281,7 +281,7 @@ class IdentitySampler:
             yield keys[VISIBLE] + keys[INFRARED]
 
     def draw(self, indices, rng):
-        """K of an identity's tracklets (at least one: see check); of fewer, some again."""
+        """K of an identity's tracklets, some twice if it has fewer (at least one: see check)."""
         if len(indices) >= self.K:
             return rng.choice(indices, self.K, replace=False)
         return np.append(rng.permutation(indices), rng.choice(indices, self.K - len(indices)))

@@ -1,6 +1,6 @@
 """Evaluation: test tracklets embedded once, both directions ranked, the table.
 
-    python evaluate.py --checkpoint RUN [--data PATH]        a run of train.py, there or elsewhere
+    python evaluate.py --checkpoint RUN [--data PATH]        a run of train.py, on its or other data
     python evaluate.py --checkpoint DIR --data PATH          the authors' three files
     python evaluate.py --checkpoint RUN --tour DIR           one query's way, in pictures
 
@@ -16,8 +16,8 @@ each hit: hit-miss-hit is 5/6.
 Quick question: why does mINP fall when mAP hardly moves? (It asks how far one must scroll for the
 *last* tracklet of the person: one hard tracklet in a hundred spoils it.)
 
-Ours, not the papers': mINP; the silhouettes' IoU; float32 (with cuDNN's TF32, but for the authors'
-files); each stream alone; re-ranking (Zhong et al., CVPR 2017); the equal error.
+Ours, not the papers': mINP; the silhouettes' IoU; float32 (with cuDNN's TF32, except for the
+authors' files); each stream alone; re-ranking (Zhong et al., CVPR 2017); the equal error.
 """
 import os
 import time
@@ -91,7 +91,7 @@ def score(distance, match, valid):
 
 def ranked(distance, match, valid):
     """-> rank of the first hit, average precision, inverse negative penalty: (3, Q)."""
-    # By distance; of equal ones the wrong ones first.
+    # By distance; of equal distances the wrong person first.
     order = np.lexsort((match, distance))
     hit = np.take_along_axis(match & valid, order, 1)
     rank = np.take_along_axis(valid, order, 1).cumsum(1)    # among those that count
@@ -124,7 +124,7 @@ def rerank(distance, Q, k1=20, k2=6, weight=0.3):
     nearest = distance.argsort(1, kind="stable")[:, :max(k1 + 1, k2)].copy()
 
     def reciprocal(i, k):
-        """R(i, k): of i and its k nearest those that have i among theirs."""
+        """R(i, k): those of i and its k nearest that have i among their own k nearest."""
         forward = nearest[i, :k + 1]
         return forward[(nearest[forward, :k + 1] == i).any(1)]
 

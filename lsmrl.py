@@ -77,7 +77,7 @@ def attend_grouped(attention, x, groups):
     patches = patches.unflatten(2, (groups, -1))    # (B, T, G, n, D): a stripe's rows lie together
     patches = patches.transpose(1, 2).reshape(B * groups, -1, D)    # (B*G, T*n, D)
     every_cls = cls.repeat_interleave(groups, dim=0)    # (B*G, T, D)
-    # attention(who asks, who is asked)
+    # attention(queries, keys and values)
     patches = attention(patches, torch.cat([every_cls, patches], dim=1))
     patches = patches.view(B, groups, T, -1, D).transpose(1, 2).flatten(2, 3)    # (B, T, N, D)
     cls = attention(cls, x.flatten(1, 2))[:, :, None]    # (B, T, 1, D)
@@ -106,7 +106,7 @@ def stfl(visual, frames, *, split, groups):
     for attend, block in zip(kinds, blocks, strict=True):
         x = x + attend(block.attn, block.ln_1(x))
         if block is blocks[-1]:
-            x = x[:, :, :1]    # the patches are not read any more
+            x = x[:, :, :1]    # the patches are no longer used
         x = x + block.mlp(block.ln_2(x))
     return visual.ln_post(x[:, :, 0])
 
@@ -146,7 +146,7 @@ class SD(nn.Module):
         nn.init.zeros_(self.attn.out_proj.bias)
 
     def row_and_text(self, tokens, bank):
-        """-> what asks (1, B*T, D), all tokens in one row, and what is asked (1, C, D)."""
+        """-> for attn: its queries, all tokens in one row (1, B*T, D), and its keys (1, C, D)."""
         text = self.text(self.ln_text(bank))[None]
         return self.ln(tokens).flatten(0, 1)[None], text
 
@@ -177,7 +177,7 @@ class CMI(nn.Module):
 
 def partners(modality, label):
     """modality (B,), label (B,) -> (B,): each tracklet's partner, the k-th visible of an identity
-    with its k-th infrared one. Every identity must come as often in either modality."""
+    with its k-th infrared one. Both modalities must have the same number of each."""
     # Visible tracklets first, each half by identity.
     order = (modality * (label.max() + 1) + label).argsort(stable=True)
     other = order.roll(len(order) // 2)
@@ -236,7 +236,7 @@ def centre_loss(x, label, modality):
         return side @ x / side.sum(1, keepdim=True)    # (B, D)
 
     apart = (centres(0) - centres(1)).square().sum(1)
-    weight = 1 / same.sum(1)    # so that an identity counts once, whatever its tracklets
+    weight = 1 / same.sum(1)    # each identity counts once, however many its tracklets
     return (weight * apart).sum() / weight.sum()
 
 
@@ -270,7 +270,7 @@ class LSMRL(Method):
     Options = Options
     recipe = {"epochs": 24, "optimizer": "AdamW", "lr": 2.5e-5, "weight_decay": 1e-4,
               "warmup_epochs": 3, "cosine": True, "size": (288, 144)}
-    # Many people, each seen a few times: it is to learn the night, not the people by heart.
+    # Many people, each seen a few times: it should learn what night is, not memorise people.
     small = {"people": 320, "epochs": 12, "steps": 30, "identities": 32, "tracklets": 1,
              "frames": 2, "test_frames": 8, "evaluate_every": 4, "evaluate_first": True, "lr": 1e-3,
              "boost": 5.0, "warmup_epochs": 0, "size": (128, 64), "workers": 0, "erase": 0.0,
@@ -306,7 +306,7 @@ class LSMRL(Method):
              for name, d in dims.items()})
         for head in self.heads.values():
             nn.init.normal_(head[1].weight, std=0.001)
-        if pretrained:    # the bank is filled, should it be evaluated before its first step
+        if pretrained:    # fill the bank, in case it is evaluated before its first step
             with torch.no_grad():
                 self.bank.copy_(self.text_features())
 
@@ -386,7 +386,7 @@ class LSMRL(Method):
 
     def forward(self, frames, modality, label):
         modality = modality.to(label.device, non_blocking=True)
-        text = None    # if SD is off and the text loss too, nobody reads it
+        text = None    # not needed if SD is off and the text loss too
         if self.sd is not None or self.options.text:
             text = self.text_features().float()
             self.bank.copy_(text.detach())

@@ -5,8 +5,7 @@
     --gallery DIR -> find_footage -> embed_tracklets -> (G, parts, dim) --+
     --query DIR -> the same -> (Q, parts, dim) ----------------------> distances -> ranked lists
 
-DIR holds a folder of frames for each tracklet. docs/footage.md shows a search from
-Python.
+DIR holds a folder of frames for each tracklet. docs/footage.md shows a search from Python.
 
 Quick question: is the first place the person who was asked for? (Not always: some tracklet is the
 nearest even if that person is not in the gallery.)

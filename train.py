@@ -3,7 +3,7 @@
     python train.py                          the small preset on walkers (synthetic pedestrians)
     python train.py --data PATH              the paper's recipe on a dataset (docs/data.md)
     python train.py --method lsmrl           the second method; FILE.py:CLASS: your own
-    python train.py --resume runs/NAME       goes on after the last whole epoch
+    python train.py --resume runs/NAME       continues after the last complete epoch
     torchrun --nproc_per_node=N -- train.py ...    the same run on N GPUs (or processes of a CPU)
 
 A run's folder: config.json, log.jsonl, last.pt, results.json, pictures. The result is the last
@@ -187,7 +187,7 @@ def training_data(config):
 
 
 def loader_of(config, method, dataset, device):
-    """One pass over it is one epoch: the one that loader.batch_sampler.epoch says."""
+    """One pass over it is one epoch: number loader.batch_sampler.epoch."""
     rank, world = parallel.processes()
     sampler = (method.sampler or IdentitySampler)(    # None: a method need not have its own
         dataset.train, P=config.identities, K=config.tracklets, steps=config.steps,
@@ -207,11 +207,11 @@ def read_command_line(words=None):
     checkpoint, start = (weights.read_checkpoint(first[name]) if first[name] else None
                          for name in ("resume", "init"))
     if checkpoint and start:
-        raise UserError("--init begins a run, --resume goes on with one; expected one of them")
+        raise UserError("--init starts a new run, --resume continues one; expected one of them")
     method = load_method(weights.method_of(checkpoint or start, first["method"]) or Config.method)
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--run", metavar="DIR", help="its folder; default: a new one in runs/")
-    parser.add_argument("--resume", metavar="RUN", help="a run's folder, to go on with its options")
+    parser.add_argument("--resume", metavar="RUN", help="a run's folder, to continue the run")
     config, options, given = configure(parser, words, Config, method, checkpoint, start)
     return SimpleNamespace(config=config, options=options, method=method, run=given.get("run"),
                            resume=first["resume"].removesuffix("/last.pt"), checkpoint=checkpoint,
@@ -272,7 +272,7 @@ def main():
     except torch.cuda.OutOfMemoryError:
         raise UserError("the GPU's memory is full; lower --identities") from None
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; go on: python train.py --resume {run}") from None
+        raise KeyboardInterrupt(f"interrupted; continue: python train.py --resume {run}") from None
     parallel.leave()
 
 

@@ -1,5 +1,4 @@
-"""What the chapters stand on (README, Files). A first reading may skip it. Nothing here imports a
-chapter."""
+"""What the chapters use (README, Files). Skip it in a first reading. It imports no chapter."""
 import contextlib
 import ctypes
 import os

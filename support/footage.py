@@ -119,7 +119,7 @@ def read_frames(frames, size):
 
 
 def notes_on(frames):
-    """Paths of frames -> a line in a list if most of some are whole camera pictures, else []."""
+    """Paths of frames -> [a warning] if most of a sample are whole camera pictures, else []."""
     some, wide = frames[::len(frames) // 9 + 1], 0
     for frame in some:
         with suppress(UserError), opened(file_of(frame)) as image:
@@ -166,7 +166,7 @@ def natural(path):
 
 
 def is_readable(file):
-    """Whether pillow opens files of this extension. MPEG it only recognises."""
+    """Whether pillow opens files of this extension. It recognises MPEG, but cannot open it."""
     kind = Image.registered_extensions().get(os.path.splitext(file)[1].lower())
     return kind in Image.OPEN and kind != "MPEG"
 

@@ -1,7 +1,7 @@
-"""What train.py and evaluate.py ask of a method: the whole contract, with its defaults.
+"""What train.py and evaluate.py need from a method: the whole contract, with its defaults.
 
-A method is a subclass. It must have `Options`, `embed` and `forward`; it overrides what else it
-wants: see docs/method.md."""
+A method is a subclass. It must have `Options`, `embed` and `forward`, and may override the rest:
+see docs/method.md."""
 from torch import nn
 
 
@@ -18,7 +18,7 @@ class Method(nn.Module):
     whole_batch = ()    # names of submodules that are given the gathered batch of all processes
     of_identities = ()  # beginnings of names of what belongs to the training identities
     sasgl = None        # the SASGL whose silhouettes are drawn and measured
-    warm_up_steps = 0   # so many steps train warm_up_module alone, before the rest may use it
+    warm_up_steps = 0   # steps that train warm_up_module alone, before the rest uses it
     warm_up_module = ""    # its name
     warm_up_lr = 1e-2   # the rate falls from here to 0
 

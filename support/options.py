@@ -136,7 +136,7 @@ def cli(main):
     """Run main(). The exit code is what it returns, 2 after a UserError, 130 after Ctrl-C."""
     try:
         sys.exit(main())
-    except KeyboardInterrupt as stop:    # train.py says in it how to go on
+    except KeyboardInterrupt as stop:    # its message says how to continue
         line, code = str(stop) or "interrupted", 130
     except UserError as error:
         # From a loader process it comes as a whole traceback, which ends with the line.

@@ -1,4 +1,4 @@
-"""The device, and several processes as torchrun starts them: one on each GPU, one batch in all."""
+"""The device, and several processes as torchrun starts them: one per GPU, all share one batch."""
 import os
 import signal
 import time

@@ -1,11 +1,11 @@
-"""One pose of one walker, drawn with pillow from back to front. This file knows no colours.
+"""One pose of one walker, drawn with pillow from back to front. Colours come later, in walkers.py.
 
     Walker, phase -> Pose: joints (forward, left, up) --+
                                                         +--> Figure: inks (H,W) --> looks (H,W)
     azimuth, tilt, size, foot -> View: pixels ----------+
 
 A body part has two inks, its surface and its outline. An ink has two looks: without and with the
-garment's pattern. walkers.py paints each look, by day or by night.
+garment's pattern. walkers.py paints each look, for day or night.
 """
 import math
 from dataclasses import dataclass, make_dataclass

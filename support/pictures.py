@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 HEIGHT = 128    # of a frame, in pixels
 BLACK = "#000000"
-# One colour per curve. Colour-blind readers can tell them apart as well as twelve allow.
+# One colour per curve, chosen with colour-blind readers in mind.
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9",
            "#787878", "#000000", "#8c564b", "#9467bd", "#bcbd22", "#17828c"]
 
@@ -239,7 +239,7 @@ def draw_curves(log, title):
 
 def mean_iou(model, dataset, size):
     """The mean IoU of silhouettes and true masks in eight frames of 32 test tracklets; None if
-    there are none of the one or of the other."""
+    either is missing."""
     found = []
     for t in dict.fromkeys(evenly(dataset.test, 32)) if model.sasgl is not None else []:
         _, rows, _ = seen_by(model, dataset, [t], size, 8)
