@@ -85,7 +85,7 @@ def tour(folder, model, dataset, size, embeddings, found, augment):
             first, last = own[query, [0, -1], :64]
             both = {"global part": first, "refined by PBMGE": last}
             write(f"{name} refined", draw_numbers(f"{name}: numbers of a part", both))
-    write("distances", draw_numbers("distance by part", curves))
+    write("distances", draw_numbers("distance by part: whole body, strips, refined", curves))
     write_ranking(folder, dataset, {direction: found}, size)
 
     # In motion: the query and the nearest three.
