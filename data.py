@@ -45,7 +45,7 @@ class Tracklet:
 
 @dataclass
 class Dataset:
-    """directions: {"infrared->visible": (query, gallery), ...}: indices of test. frame_rule: a name
+    """directions: {"infrared->visible": (query, gallery), ...}: indices into test. frame_rule: one
     of FRAME_RULES. Gallery tracklets of the query's pid and camera may be ignored."""
     name: str
     root: str

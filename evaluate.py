@@ -1,6 +1,6 @@
 """Evaluation: test tracklets embedded once, both directions ranked, the table.
 
-    python evaluate.py --checkpoint RUN [--data PATH]        a run of train.py, on its or other data
+    python evaluate.py --checkpoint RUN [--data PATH]        a run of train.py, on its data or PATH
     python evaluate.py --checkpoint DIR --data PATH          the authors' three files
     python evaluate.py --checkpoint RUN --tour DIR           one query's way, in pictures
 

@@ -177,7 +177,7 @@ class CMI(nn.Module):
 
 def partners(modality, label):
     """modality (B,), label (B,) -> (B,): each tracklet's partner, the k-th visible of an identity
-    with its k-th infrared one. Both modalities must have the same number of each."""
+    with its k-th infrared one. An identity needs as many of the one as of the other."""
     # Visible tracklets first, each half by identity.
     order = (modality * (label.max() + 1) + label).argsort(stable=True)
     other = order.roll(len(order) // 2)
